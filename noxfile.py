@@ -1,0 +1,152 @@
+"""Sessions: everything a person or CI does with this repository.
+
+All sessions share ONE environment (it weighs 4 GB): the one that nox itself was installed in. What
+constraints.txt and pyproject.toml say is installed into it when either has changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "tests"]
+nox.options.error_on_external_run = True
+
+ROOT = Path(__file__).parent
+RUNS = ROOT / "runs"
+SHARED_DATA = ROOT.parent / "shared" / "data"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+FORMATS = ("onnx", "openvino", "tflite", "coreml")
+
+
+def _install(session: nox.Session) -> None:
+    """Install the project with everything it can use, unless that was done already."""
+    if sys.prefix == sys.base_prefix:
+        session.error(
+            "nox must be installed in a virtual environment: "
+            "python3 -m venv .venv && .venv/bin/pip install nox && .venv/bin/nox"
+        )
+    wanted = hashlib.sha256(
+        b"".join((ROOT / name).read_bytes() for name in ("constraints.txt", "pyproject.toml"))
+    ).hexdigest()
+    stamp = Path(sys.prefix) / "convnext-edge.installed"
+    if stamp.is_file() and stamp.read_text() == f"{wanted} {ROOT}":
+        return
+    _python(
+        session,
+        "-m",
+        "pip",
+        "install",
+        "--constraint",
+        "constraints.txt",
+        "--editable",
+        ".[all,dev]",
+    )
+    stamp.write_text(f"{wanted} {ROOT}")
+
+
+def _python(session: nox.Session, *arguments: str) -> None:
+    session.run(sys.executable, *arguments, external=True)
+
+
+def _cli(session: nox.Session, *arguments: str) -> None:
+    _install(session)
+    _python(session, "-P", "-m", "pipeline.cli", *arguments)
+
+
+def _browser(session: nox.Session) -> None:
+    """Have a browser for the test that looks at the report page; Debian's, where possible."""
+    if any(shutil.which(name) for name in BROWSERS):
+        return
+    if shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
+        session.run("apt-get", "update", external=True)
+        session.run("apt-get", "install", "--yes", "chromium", external=True)
+    else:
+        session.warn("no Chromium here: install one, or the page is not looked at in a browser")
+
+
+def _run_folder(session: nox.Session) -> tuple[str, ...]:
+    """Return the arguments after `--`, or the demo's run folder, made first where it is missing."""
+    if session.posargs:
+        return tuple(session.posargs)
+    folder = RUNS / "demo"
+    if not (folder / "report.json").is_file():
+        _cli(session, "run", "--out", str(folder))
+    return (str(folder),)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Do the main job on the embedded default: four artifacts, a report, the gate."""
+    _cli(session, "run", "--out", str(RUNS / "demo"), *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests that need nothing but this repository."""
+    _install(session)
+    _browser(session)
+    _python(session, "-m", "pytest", "-m", "not acceptance", *session.posargs)
+
+
+@nox.session
+def acceptance(session: nox.Session) -> None:
+    """Run the tests that need ../shared/data, which an outsider does not have."""
+    _install(session)
+    if not SHARED_DATA.is_dir():
+        session.error(f"{SHARED_DATA} is not here: these tests cannot run")
+    _python(session, "-m", "pytest", "-m", "acceptance", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check form (ruff) and types (mypy strict)."""
+    _install(session)
+    _python(session, "-m", "ruff", "check", ".")
+    _python(session, "-m", "ruff", "format", "--check", ".")
+    _python(session, "-m", "mypy")
+
+
+@nox.session(name="train-reference")
+def train_reference(session: nox.Session) -> None:
+    """Train the embedded reference model again and write its checkpoint, sidecar and log."""
+    _install(session)
+    _python(session, "-P", "-m", "pipeline.embedded.train", *session.posargs)
+
+
+def _export(name: str) -> None:
+    def export(session: nox.Session) -> None:
+        out = () if "--out" in session.posargs else ("--out", str(RUNS / f"export-{name}"))
+        _cli(session, "export", "--runtimes", name, *out, *session.posargs)
+
+    export.__doc__ = f"Export to {name}: the embedded reference model, or what follows `--`."
+    nox.session(name=f"export-{name}")(export)
+
+
+for _name in FORMATS:
+    _export(_name)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure the latency of a run folder's artifacts (the demo's, or what follows `--`)."""
+    _cli(session, "bench", *_run_folder(session))
+
+
+@nox.session
+def report(session: nox.Session) -> None:
+    """Write a run folder's pages again (the demo's, or what follows `--`)."""
+    _cli(session, "report", *_run_folder(session))
+
+
+@nox.session
+def gate(session: nox.Session) -> None:
+    """Judge a run folder (the demo's, or what follows `--`)."""
+    _cli(session, "gate", *_run_folder(session))

@@ -1,0 +1,129 @@
+"""Latency: raw samples from a device, and what follows from them.
+
+In: the artifacts of one runtime and a device. Out: one `Latency` per artifact and the raw samples.
+The jobs alternate with a null session, which shows what the harness itself costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from pipeline.records import Latency
+from pipeline.statistics import percentile, ratio_interval
+from targets.base import Job, NotRun, Samples
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from pipeline.records import Scheme
+    from pipeline.worker import Progress
+    from targets.base import Device, DeviceInfo, Runtime
+
+HARNESS, SAMPLES = "harness", "samples.json"
+ROUNDS, PER_ROUND = 8, 9
+"""72 samples: enough for the 90th percentile (`pipeline.statistics.MINIMUM_SAMPLES`)."""
+
+_SAMPLES = TypeAdapter(list[Samples])
+
+
+def bench(
+    folder: Path,
+    device: Device,
+    target: Runtime,
+    artifacts: Mapping[Scheme, Path],
+    *,
+    image_shape: tuple[int, int, int, int],
+    threads: int,
+    progress: Progress,
+) -> None:
+    """Time the artifacts of one runtime, alternating with each other and with the null session.
+
+    Args:
+        folder: Takes samples.json: the raw samples, the harness's first.
+        device: Where.
+        target: Their runtime.
+        artifacts: Scheme to path.
+        image_shape: NCHW of the input; its pixels are seeded noise, which costs what others cost.
+        threads: For the runtime.
+        progress: Called per turn.
+    """
+    image = np.random.default_rng(0).integers(0, 256, image_shape).astype(np.float32)
+    jobs = [Job(label=HARNESS, runtime=target.name, path=None)]
+    jobs += [Job(label=label, runtime=target.name, path=path) for label, path in artifacts.items()]
+    samples = device.measure(
+        jobs, image, rounds=ROUNDS, per_round=PER_ROUND, threads=threads, progress=progress
+    )
+    (folder / SAMPLES).write_bytes(_SAMPLES.dump_json(samples, indent=1))
+
+
+def read_latencies(
+    folder: Path, info: DeviceInfo, *, threads: int, samples_file: str
+) -> dict[str, Latency]:
+    """Derive the figures of each artifact from the samples.json that `bench` wrote."""
+    samples = _SAMPLES.validate_json((folder / SAMPLES).read_bytes())
+    return latencies(info, samples, threads=threads, samples_file=samples_file)
+
+
+def latencies(
+    info: DeviceInfo, samples: Sequence[Samples], *, threads: int, samples_file: str
+) -> dict[str, Latency]:
+    """Derive the figures of each artifact from the raw samples of one run.
+
+    Args:
+        info: The device.
+        samples: As a device gives them; the float artifact's are labelled `float`.
+        threads: As measured.
+        samples_file: Where the raw samples are kept, relative to the run folder.
+
+    Returns:
+        Label to latency, without the harness.
+    """
+    by_label = {item.label: item for item in samples}
+    harness, base = by_label.pop(HARNESS), by_label.get("float")
+    rows = {}
+    for label, item in by_label.items():
+        row = Latency(
+            device=info.name,
+            outcome="measured",
+            kind=info.kind,
+            threads=threads,
+            n=len(item.wall_ms),
+            wall_p50_ms=percentile(item.wall_ms, 50),
+            wall_p90_ms=percentile(item.wall_ms, 90),
+            cpu_p50_ms=percentile(item.cpu_ms, 50),
+            cpu_p90_ms=percentile(item.cpu_ms, 90),
+            samples_file=samples_file,
+            load_ms=item.load_ms,
+            first_ms=item.first_ms,
+            peak_memory_bytes=item.peak_memory_bytes,
+            harness_wall_p50_ms=percentile(harness.wall_ms, 50),
+            harness_cpu_p50_ms=percentile(harness.cpu_ms, 50),
+            versions=dict(item.versions),
+        )
+        rows[label] = _beside_float(row, item, base) if base else row
+    return rows
+
+
+def _beside_float(row: Latency, item: Samples, base: Samples) -> Latency:
+    wall, *wall_interval = ratio_interval(item.wall_ms, base.wall_ms)
+    cpu, *cpu_interval = ratio_interval(item.cpu_ms, base.cpu_ms)
+    return replace(
+        row,
+        float_wall_p50_ms=percentile(base.wall_ms, 50),
+        float_cpu_p50_ms=percentile(base.cpu_ms, 50),
+        speedup=1 / wall,
+        wall_ratio=wall,
+        wall_ratio_ci95=(wall_interval[0], wall_interval[1]),
+        cpu_ratio=cpu,
+        cpu_ratio_ci95=(cpu_interval[0], cpu_interval[1]),
+    )
+
+
+def not_run(device: str, reason: NotRun) -> Latency:
+    """Return the row of an artifact that could not be timed, with the reason."""
+    return Latency(device=device, outcome="not_run", reason=reason.reason)

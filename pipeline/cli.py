@@ -1,0 +1,378 @@
+"""The command line; thin.
+
+In: words. Out: a run folder, tables, and an exit code: 0 done (for `gate`: pass), 1 an error,
+2 usage, 3 gate fail, 4 gate inconclusive, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pipeline.errors import EdgeError, UsageError
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Budget, Recipe
+    from pipeline.run import Finished
+    from reports.document import Gate
+
+app = typer.Typer(
+    name="convnext-edge",
+    help="Take a ConvNeXt image classifier to ONNX, OpenVINO, TFLite and CoreML, quantized.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out_console = Console()
+err_console = Console(stderr=True)
+
+GATE_EXIT = {"pass": 0, "fail": 3, "inconclusive": 4, "not_run": 4}
+INTERRUPTED = 130
+DEFAULT_OUT = Path("runs/default")
+
+RunDir = Annotated[Path, typer.Argument(help="A folder that `convnext-edge run` wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
+
+
+def main() -> None:
+    """Run the command line; one line and an exit code for whatever a user can cause."""
+    try:
+        app()
+    except EdgeError as error:
+        err_console.print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
+        sys.exit(error.exit_code)
+
+
+def _escape(error: EdgeError) -> str:
+    from rich.markup import escape
+
+    return escape(str(error))
+
+
+# --- the pipeline: run, quantize and export are one command that goes more or less far ------------
+
+
+def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -> None:
+    @app.command(name, help=summary)
+    def command(
+        recipe: Annotated[Path | None, typer.Option(help="TOML recipe; flags override it.")] = None,
+        checkpoint: Annotated[
+            Path | None,
+            typer.Option(help="A .pth or .safetensors file; left out: the embedded model."),
+        ] = None,
+        data: Annotated[
+            str | None, typer.Option(help="Folder or zip of images, or `digits`.")
+        ] = None,
+        eval_: Annotated[
+            str | None,
+            typer.Option("--eval", help="Evaluation images elsewhere; `none`: no evaluation."),
+        ] = None,
+        input_size: Annotated[int | None, typer.Option(help="Side of the image, pixels.")] = None,
+        scheme: Annotated[str | None, typer.Option(help="float or w8a8.")] = None,
+        runtimes: Annotated[
+            str | None, typer.Option(help="Comma-separated: onnx,openvino,tflite,coreml.")
+        ] = None,
+        placement: Annotated[
+            str | None, typer.Option(help="Layers in integers: pointwise or all.")
+        ] = None,
+        out: Annotated[Path, typer.Option(help="The run folder.")] = DEFAULT_OUT,
+        calibration_images: Annotated[int | None, typer.Option(help="At most this many.")] = None,
+        eval_images: Annotated[int | None, typer.Option(help="At most this many.")] = None,
+        seed: Annotated[int | None, typer.Option(help="Of the draw of images.")] = None,
+        isa: Annotated[
+            str | None,
+            typer.Option(help="Where artifacts will run: auto, avx2, vnni or arm."),
+        ] = None,
+        batch: Annotated[
+            str | None, typer.Option(help="Batch of the artifacts: a number or `dynamic`.")
+        ] = None,
+        bench: Annotated[bool | None, typer.Option("--bench/--no-bench")] = None,
+        device: Annotated[str | None, typer.Option(help="Where latency is measured.")] = None,
+        threads: Annotated[int | None, typer.Option(help="Threads while measuring.")] = None,
+        allow_overlap: Annotated[
+            bool | None,
+            typer.Option("--allow-overlap", help="Images may calibrate and evaluate alike."),
+        ] = None,
+        crop_ratio: Annotated[
+            float | None, typer.Option(help="Centre crop over resized shorter side.")
+        ] = None,
+        interpolation: Annotated[
+            str | None, typer.Option(help="nearest, bilinear or bicubic.")
+        ] = None,
+        antialias: Annotated[bool | None, typer.Option("--antialias/--no-antialias")] = None,
+        mean: Annotated[str | None, typer.Option(help="R,G,B of pixels in [0, 1].")] = None,
+        std: Annotated[str | None, typer.Option(help="R,G,B of pixels in [0, 1].")] = None,
+        budget: Annotated[Path | None, typer.Option(help="TOML budget of the gate.")] = None,
+        baseline: Annotated[Path | None, typer.Option(help="Accepted report.json.")] = None,
+    ) -> None:
+        from pipeline.run import Steps
+
+        settings = _recipe(
+            recipe,
+            {
+                "checkpoint": _absolute(checkpoint),
+                "data": _place(data),
+                "eval": _place(eval_),
+                "input_size": input_size,
+                "scheme": scheme,
+                "runtimes": tuple(_words(runtimes)) if runtimes is not None else None,
+                "placement": placement,
+                "calibration_images": calibration_images,
+                "eval_images": eval_images,
+                "seed": seed,
+                "isa": isa,
+                "batch": int(batch) if batch is not None and batch.isdigit() else batch,
+                "bench": bench,
+                "device": device,
+                "threads": threads,
+                "allow_overlap": allow_overlap,
+                "preprocessing": {
+                    "crop_ratio": crop_ratio,
+                    "interpolation": interpolation,
+                    "antialias": antialias,
+                    "mean": _numbers("--mean", mean),
+                    "std": _numbers("--std", std),
+                },
+                "gate": _budget(budget),
+                "baseline": _absolute(baseline),
+            },
+        )
+        steps = Steps(export=export, verify=measure, bench=measure)
+        _conclude(_execute(settings, out, steps), out)
+
+
+_pipeline_command(
+    "run", "Do all of it: quantize, export, verify, bench, report, gate.", export=True, measure=True
+)
+_pipeline_command(
+    "quantize", "Calibrate and quantize; leaves OUT/model.", export=False, measure=False
+)
+_pipeline_command(
+    "export", "Quantize and export; leaves OUT/artifacts.", export=True, measure=False
+)
+
+
+@app.command()
+def verify(run_dir: RunDir) -> None:
+    """Run the artifacts of a run folder over its evaluation images."""
+    from pipeline.run import Steps
+
+    _conclude(_execute(_stored_recipe(run_dir), run_dir, Steps(bench=False)), run_dir)
+
+
+@app.command()
+def bench(
+    run_dir: RunDir,
+    device: Annotated[str | None, typer.Option(help="Where latency is measured.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads while measuring.")] = None,
+) -> None:
+    """Measure the latency of a run folder's artifacts."""
+    from pipeline.run import Steps
+
+    flags = {"device": device, "threads": threads, "bench": True}
+    changes = {name: value for name, value in flags.items() if value is not None}
+    settings = _stored_recipe(run_dir).model_copy(update=changes)
+    _conclude(_execute(settings, run_dir, Steps(verify=False)), run_dir)
+
+
+@app.command()
+def report(run_dir: RunDir) -> None:
+    """Write a run folder's pages again from its report.json."""
+    from pipeline.conclude import PAGES, write_pages_of
+
+    with _display() as display:
+        write_pages_of(run_dir, display)
+    out_console.print(f"{run_dir / PAGES / 'index.html'}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def gate(
+    run_dir: RunDir,
+    budget: Annotated[
+        Path | None, typer.Option(help="TOML budget; left out: the run's own.")
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="Accepted report; left out: convnext-edge-baseline.json if there."),
+    ] = None,
+    accept: Annotated[
+        bool, typer.Option("--accept", help="Store this run as the new baseline.")
+    ] = False,
+) -> None:
+    """Judge a run folder by a budget: exit code 0 pass, 3 fail, 4 inconclusive."""
+    from pipeline.conclude import accept_baseline, judge_again
+
+    settings = _stored_recipe(run_dir)
+    asked = _budget(budget) or settings.gate
+    against = _absolute(baseline) or settings.baseline
+    if accept:
+        place = accept_baseline(run_dir, against)
+        out_console.print(f"accepted as baseline: {place}", soft_wrap=True, highlight=False)
+        return
+    if asked is None:
+        raise UsageError(
+            "no budget: the run had none and --budget is missing",
+            allowed="a TOML file with limits such as max_drop_pp = 1.0",
+            do="Give --budget FILE",
+        )
+    with _display() as display:
+        judged = judge_again(run_dir, asked, against, display)
+    _print_gate(judged)
+    raise typer.Exit(GATE_EXIT[judged.outcome])
+
+
+# --- looking ------------------------------------------------------------------------------------
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint file.")],
+    input_size: Annotated[
+        int | None, typer.Option(help="Side of the image, pixels; left out: the sidecar's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a checkpoint file holds."""
+    from pipeline.inspect import describe, show
+
+    facts = describe(checkpoint, input_size)
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+    else:
+        show(facts, out_console)
+
+
+@app.command()
+def predict(
+    artifact: Annotated[Path, typer.Argument(help="An exported artifact.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    top: Annotated[int, typer.Option(min=1, help="Classes per image.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Classify images through the artifact's own runtime."""
+    from pipeline.predict import classify, show
+
+    predictions = classify(artifact, images, top)
+    if as_json:
+        sys.stdout.write(json.dumps(predictions, indent=2) + "\n")
+    else:
+        show(predictions, out_console)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Tell what can run on this machine and what to install."""
+    from pipeline.doctor import examine, show
+
+    facts = examine()
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+    else:
+        show(facts, out_console)
+
+
+# --- shared -------------------------------------------------------------------------------------
+
+
+def _recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
+    from pipeline.recipe import load_recipe
+    from pipeline.run import EMBEDDED_RECIPE
+
+    # Without a checkpoint the embedded recipe is what the flags are laid over.
+    embedded = path is None and flags["checkpoint"] is None
+    return load_recipe(EMBEDDED_RECIPE if embedded else path, flags)
+
+
+def _stored_recipe(run_dir: Path) -> Recipe:
+    from pipeline.run import stored_recipe
+
+    return stored_recipe(run_dir)
+
+
+def _budget(path: Path | None) -> Budget | None:
+    from pipeline.recipe import load_budget
+
+    return load_budget(path) if path is not None else None
+
+
+def _execute(settings: Recipe, out: Path, steps: Any) -> Finished:
+    from pipeline.run import execute
+
+    try:
+        with _display() as display:
+            return execute(settings, out, steps, display)
+    except KeyboardInterrupt:
+        err_console.print("interrupted: finished stages are kept, the same command resumes")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _display() -> Any:
+    from pipeline.display import Display
+
+    return Display(err_console)
+
+
+def _conclude(finished: Finished, out: Path) -> None:
+    out_console.print(
+        f"{len(finished.made)} stages made, {len(finished.reused)} reused", highlight=False
+    )
+    if finished.report is None:
+        out_console.print(f"model: {out / 'model'}", soft_wrap=True, highlight=False)
+        return
+    from pipeline.display import print_results
+
+    print_results(finished.report, out, out_console)
+    _print_gate(finished.report.gate)
+    if finished.failures:
+        for reason in finished.failures:
+            err_console.print(f"failed: {reason}", soft_wrap=True, highlight=False, markup=False)
+        raise typer.Exit(1)
+
+
+def _print_gate(judged: Gate) -> None:
+    for check in judged.checks:
+        if check.outcome != "pass":
+            out_console.print(
+                f"  {check.outcome}: {check.name}: {check.why}",
+                soft_wrap=True,
+                highlight=False,
+                markup=False,
+            )
+    out_console.print(f"gate: {judged.outcome}", highlight=False)
+
+
+def _absolute(path: Path | None) -> str | None:
+    return str(path.resolve()) if path is not None else None
+
+
+def _place(where: str | None) -> str | None:
+    from calib.images import DIGITS
+    from pipeline.recipe import NONE
+
+    return where if where in {None, DIGITS, NONE} else str(Path(str(where)).resolve())
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(float(word) for word in _words(text))
+    except ValueError as error:
+        raise UsageError(
+            f"{flag} is {text!r}",
+            allowed="three numbers, such as 0.485,0.456,0.406",
+            do=f"Correct {flag}",
+        ) from error
+
+
+if __name__ == "__main__":
+    main()

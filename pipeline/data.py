@@ -1,0 +1,101 @@
+"""Which images calibrate and which evaluate.
+
+In: what a recipe says of its data. Out: two disjoint selections with their hashes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from calib.images import DIGITS, digest, select
+from pipeline.errors import DataError, UsageError
+from pipeline.recipe import NONE
+from pipeline.records import Selection
+from reports.document import DataSource
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from calib.images import Purpose
+    from pipeline.recipe import Recipe
+    from pipeline.records import Checkpoint
+    from pipeline.worker import Progress
+
+NO_LABELS = "the data has no labels: give labelled images with --eval"
+NOT_ASKED = "not asked: --eval none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """A selection and the hash of its images, in order."""
+
+    selection: Selection
+    source: DataSource
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """The images of a run; where `evaluation` is None, `why_not` says why."""
+
+    calibration: Chosen
+    evaluation: Chosen | None
+    why_not: str
+
+
+def choose(recipe: Recipe, model: Checkpoint, progress: Progress) -> Data:
+    """Select the images that a recipe asks for and hash them.
+
+    Args:
+        recipe: Where they lie, how many, and the seed.
+        model: Its classes are what evaluation labels count in.
+        progress: Called as the two selections are read.
+
+    Raises:
+        UsageError: The recipe names no data.
+        DataError: There are none, they are unreadable, their classes are not the model's, or the
+            same image would calibrate and evaluate.
+    """
+    where = recipe.data or (None if recipe.checkpoint else DIGITS)
+    if where is None:
+        raise UsageError(
+            "a checkpoint without data",
+            allowed="--data with a folder, a .zip, or the word digits",
+            do="Give --data; a few hundred images of the kind the model will see are enough",
+        )
+    calibration = _selection(recipe, where, "calibration", recipe.calibration_images)
+    hashes = select(calibration).hashes()
+    progress(1, 2)
+    evaluation = _evaluation(recipe, where)
+    held_out = select(evaluation, model).hashes() if evaluation else []
+    progress(2, 2)
+    shared = len(set(hashes) & set(held_out))
+    if shared and not recipe.allow_overlap:
+        raise DataError(
+            f"{shared} images are used both to calibrate and to evaluate",
+            allowed="disjoint sets: train/ and val/ in --data, or another --eval",
+            do="Separate them, or give --allow-overlap and mistrust the accuracy",
+        )
+    return Data(
+        calibration=_chosen(calibration, hashes),
+        evaluation=_chosen(evaluation, held_out) if evaluation else None,
+        why_not=NOT_ASKED if recipe.eval == NONE else NO_LABELS,
+    )
+
+
+def _evaluation(recipe: Recipe, data: str) -> Selection | None:
+    if recipe.eval == NONE:
+        return None
+    selection = _selection(recipe, recipe.eval or data, "evaluation", recipe.eval_images)
+    if recipe.eval is None and select(selection).classes is None:
+        return None
+    return selection
+
+
+def _selection(recipe: Recipe, where: str, purpose: Purpose, n: int | None) -> Selection:
+    return Selection(where=where, purpose=purpose, n=n, seed=recipe.seed)
+
+
+def _chosen(selection: Selection, hashes: Sequence[str]) -> Chosen:
+    source = DataSource(source=selection.where, n=len(hashes), sha256=digest(hashes))
+    return Chosen(selection=selection, source=source)

@@ -1,0 +1,120 @@
+"""What a person sees while a run goes on.
+
+In: stages that begin, advance and end. Out: progress bars on a terminal, plain lines elsewhere.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+    from types import TracebackType
+
+    from pipeline.records import Accuracy, Latency
+    from pipeline.worker import Progress as Callback
+    from reports.document import Report
+
+
+def print_results(report: Report, out: Path, console: Console) -> None:
+    """Print one line per artifact, and where to look further."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("artifact")
+    for title in ("MB", "top-1", "drop, points (95 %)", "SQNR dB", "ms", "x float"):
+        table.add_column(title, justify="right", no_wrap=True)
+    reasons: dict[str, list[str]] = {}
+    for row in report.artifacts:
+        accuracy, latency = row.accuracy, next(iter(row.latency), None)
+        name = f"{row.runtime} {row.scheme}"
+        table.add_row(
+            name,
+            f"{row.size_bytes / 1e6:.2f}",
+            _number(accuracy.top1, ".4f"),
+            _drop(accuracy),
+            _number(accuracy.sqnr_db, ".1f"),
+            _number(latency.wall_p50_ms if latency else None, ".2f"),
+            _number(latency.speedup if latency else None, ".2f"),
+        )
+        results: list[Accuracy | Latency] = [accuracy, *row.latency]
+        for result in results:
+            if result.reason:
+                reasons.setdefault(f"{result.outcome}: {result.reason}", []).append(name)
+    console.print(table)
+    for reason, names in reasons.items():
+        text = f"  {reason} ({', '.join(dict.fromkeys(names))})"
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"report: {out / 'report.json'}", soft_wrap=True, highlight=False)
+    console.print(f"page:   {out / 'pages' / 'index.html'}", soft_wrap=True, highlight=False)
+
+
+def _drop(accuracy: Accuracy) -> str:
+    if accuracy.drop_pp is None or accuracy.drop_ci95_pp is None:
+        return "-"
+    low, high = accuracy.drop_ci95_pp
+    return f"{accuracy.drop_pp:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+class Display:
+    """A live list of the stages at work; finished ones stay as lines above it."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self._lock = threading.Lock()
+        self._bars = Progress(
+            TextColumn("[cyan]{task.description:<24}"),
+            BarColumn(bar_width=30),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+        )
+
+    def __enter__(self) -> Self:
+        """Start the live part."""
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the live part."""
+        self._bars.stop()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callback]:
+        """Show a stage while the block runs; give what the block reports its progress to."""
+        with self._lock:
+            task = self._bars.add_task(name, total=None)
+        started = time.monotonic()
+
+        def advance(done: int, total: int) -> None:
+            self._bars.update(task, completed=done, total=total)
+
+        try:
+            yield advance
+        finally:
+            self._bars.remove_task(task)
+        self.console.print(f"  {name:<24} {time.monotonic() - started:6.1f} s", highlight=False)
+
+    def reused(self, name: str) -> None:
+        """Say that a stage was found finished."""
+        self.console.print(f"  [dim]{name:<24} reused[/]", highlight=False)
+
+    def note(self, text: str) -> None:
+        """Say something that does not stop the run."""
+        self.console.print(f"  {text}", highlight=False)

@@ -1,0 +1,225 @@
+"""The measuring stages of a run: verify and bench, artifact by artifact.
+
+In: exported artifacts. Out: an `Accuracy` and a `Latency` for each, and every pair's `Agreement`.
+One artifact that fails is a row that says so; the others go on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter
+
+from pipeline import benchmark
+from pipeline.errors import ArtifactError, WorkerError
+from pipeline.records import Accuracy, Agreement, Artifact, Checkpoint, Latency, Preprocessing
+from pipeline.store import Stage, publish
+from reports.document import FloatResult
+from targets import base
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.data import Data
+    from pipeline.stages import Done, Stages
+    from pipeline.worker import Progress
+
+SAMPLES = "samples"
+NOT_ASKED_VERIFY = "not asked: run `convnext-edge verify RUN_DIR`"
+NOT_ASKED_BENCH = "not asked: run `convnext-edge bench RUN_DIR`"
+DATA_LIBRARIES = ("torch", "numpy", "pillow")
+
+
+class Verification:
+    """Runs artifacts over the evaluation images.
+
+    Args:
+        stages: Where results are kept.
+        loaded: The checkpoint stage.
+        model: Its record.
+        preprocessing: Of the images.
+        asked: Whether to run what is missing, or only to take over what was finished before.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        loaded: Done,
+        model: Checkpoint,
+        preprocessing: Preprocessing,
+        *,
+        asked: bool,
+    ) -> None:
+        self.stages = stages
+        self.loaded = loaded
+        self.model = model
+        self.how = asdict(preprocessing)
+        self.asked = asked
+
+    def run(
+        self, artifacts: Sequence[Artifact], data: Data
+    ) -> tuple[FloatResult, list[Accuracy], list[Agreement]]:
+        """Return the float result, one accuracy per artifact, and every pair's agreement."""
+        if data.evaluation is None:
+            return self._nothing(artifacts, data.why_not)
+        inputs = {"checkpoint": self.model.sha256, "images": data.evaluation.source.sha256}
+        arguments: dict[str, Any] = {
+            "model": str(self.loaded.folder),
+            "selection": asdict(data.evaluation.selection),
+            "preprocessing": self.how,
+        }
+        stage = self._stage("reference", inputs, (), ())
+        if not self.asked and not self.stages.is_done(stage):
+            return self._nothing(artifacts, NOT_ASKED_VERIFY)
+        reference = self.stages.do(stage, "pipeline.verify:float_stage", **arguments)
+
+        def verify(artifact: Artifact) -> tuple[Accuracy, Path | None]:
+            return self._artifact(
+                artifact, inputs, {**arguments, "reference": str(reference.folder)}
+            )
+
+        results = self.stages.side_by_side(verify, artifacts)
+        measured = [
+            {"export": asdict(artifact.export), "folder": str(folder)}
+            for artifact, (_, folder) in zip(artifacts, results, strict=True)
+            if folder is not None
+        ]
+        accuracies = [accuracy for accuracy, _ in results]
+        return FloatResult(**reference.value), accuracies, self._agreement(measured)
+
+    def _stage(
+        self,
+        name: str,
+        inputs: dict[str, str],
+        modules: Sequence[str],
+        libraries: Sequence[str],
+    ) -> Stage:
+        return Stage(
+            name=f"verify-{name}",
+            modules=("pipeline.verify", *modules),
+            inputs=inputs,
+            settings={"preprocessing": self.how, "labels": self.model.labels},
+            libraries=(*DATA_LIBRARIES, *libraries),
+        )
+
+    def _artifact(
+        self, artifact: Artifact, inputs: dict[str, str], arguments: dict[str, Any]
+    ) -> tuple[Accuracy, Path | None]:
+        target = base.runtime(artifact.export.runtime)
+        if (cannot := target.can_run()) is not None:
+            return Accuracy(outcome="not_run", reason=cannot.reason), None
+        stage = self._stage(
+            artifact.name,
+            {**inputs, **artifact.files},
+            (type(target).__module__,),
+            target.capabilities.distributions,
+        )
+        if not self.asked and not self.stages.is_done(stage):
+            return Accuracy(outcome="not_run", reason=NOT_ASKED_VERIFY), None
+        try:
+            done = self.stages.do(
+                stage,
+                "pipeline.verify:artifact_stage",
+                **arguments,
+                name=target.name,
+                path=str(self.stages.out / artifact.path),
+            )
+        except (WorkerError, ArtifactError) as error:
+            return Accuracy(outcome="failed", reason=str(error)), None
+        return TypeAdapter(Accuracy).validate_python(done.value), done.folder
+
+    def _agreement(self, measured: list[dict[str, Any]]) -> list[Agreement]:
+        stage = Stage(
+            name="agreement",
+            modules=("pipeline.verify",),
+            # A stage's folder is named after all that went into it.
+            inputs={str(i): Path(item["folder"]).name for i, item in enumerate(measured)},
+            settings={},
+            libraries=("numpy",),
+        )
+        done = self.stages.do(stage, "pipeline.verify:agreement_stage", artifacts=measured)
+        return TypeAdapter(list[Agreement]).validate_python(done.value)
+
+    @staticmethod
+    def _nothing(
+        artifacts: Sequence[Artifact], reason: str
+    ) -> tuple[FloatResult, list[Accuracy], list[Agreement]]:
+        nothing = Accuracy(outcome="not_run", reason=reason)
+        return FloatResult(top1=None, n=None), [nothing for _ in artifacts], []
+
+
+class Timing:
+    """Times artifacts on a device, runtime by runtime.
+
+    Args:
+        stages: Where results are kept.
+        device: Where to run.
+        threads: For the runtimes.
+        image_shape: NCHW of one input.
+        asked: Whether to run what is missing, or only to take over what was finished before.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        device: base.Device,
+        *,
+        threads: int,
+        image_shape: tuple[int, int, int, int],
+        asked: bool,
+    ) -> None:
+        self.stages = stages
+        self.device = device
+        self.threads = threads
+        self.image_shape = image_shape
+        self.asked = asked
+
+    def run(self, artifacts: Sequence[Artifact]) -> list[Latency]:
+        """Return one latency per artifact."""
+        info = self.device.probe()
+        if isinstance(info, base.NotRun):
+            return [benchmark.not_run(self.device.name, info) for _ in artifacts]
+        rows: dict[str, Latency] = {}
+        for name in dict.fromkeys(artifact.export.runtime for artifact in artifacts):
+            group = [artifact for artifact in artifacts if artifact.export.runtime == name]
+            rows |= self._runtime(info, base.runtime(name), group)
+        return [rows[artifact.name] for artifact in artifacts]
+
+    def _runtime(
+        self, info: base.DeviceInfo, target: base.Runtime, group: Sequence[Artifact]
+    ) -> dict[str, Latency]:
+        stage = Stage(
+            name=f"bench-{info.name}-{target.name}",
+            modules=("pipeline.benchmark", type(self.device).__module__, type(target).__module__),
+            inputs={f"{a.name}/{k}": v for a in group for k, v in a.files.items()},
+            settings={"device": asdict(info), "threads": self.threads},
+            libraries=target.capabilities.distributions,
+        )
+        cannot = self.device.can_run(target)
+        if cannot is None and not self.asked and not self.stages.is_done(stage):
+            cannot = base.NotRun(reason=NOT_ASKED_BENCH)
+        if cannot is not None:
+            return {a.name: benchmark.not_run(info.name, cannot) for a in group}
+
+        def make(folder: Path, progress: Progress) -> None:
+            benchmark.bench(
+                folder,
+                self.device,
+                target,
+                {a.export.scheme: self.stages.out / a.path for a in group},
+                image_shape=self.image_shape,
+                threads=self.threads,
+                progress=progress,
+            )
+
+        try:
+            folder = self.stages.do_here(stage, make)
+        except (WorkerError, ArtifactError) as error:
+            failed = Latency(device=info.name, outcome="failed", reason=str(error))
+            return {a.name: failed for a in group}
+        kept = f"{SAMPLES}/{info.name}-{target.name}/{benchmark.SAMPLES}"
+        publish(folder, (self.stages.out / kept).parent, (benchmark.SAMPLES,))
+        rows = benchmark.read_latencies(folder, info, threads=self.threads, samples_file=kept)
+        return {a.name: rows[a.export.scheme] for a in group}

@@ -1,0 +1,80 @@
+"""Labels and probabilities through an artifact's own runtime.
+
+In: an artifact and image files. Out: the likeliest classes of each image. Preprocessing and labels
+come from the artifact's metadata.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
+from rich.table import Table
+from scipy.special import softmax
+
+from calib.preprocess import preprocess
+from pipeline.errors import ArtifactError, DataError
+from targets.export import read_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from rich.console import Console
+
+
+def classify(artifact: Path, images: Sequence[Path], top: int) -> list[dict[str, Any]]:
+    """Classify image files.
+
+    Args:
+        artifact: An exported artifact.
+        images: The files.
+        top: How many classes per image.
+
+    Returns:
+        Per image its `image` and `classes`: label and probability, likeliest first.
+
+    Raises:
+        ArtifactError: The artifact is unusable, or its runtime cannot run here.
+        DataError: A file is not an image.
+    """
+    runtime, preprocessing, labels = read_metadata(artifact)
+    if (cannot := runtime.can_run()) is not None:
+        raise ArtifactError(
+            f"{artifact} cannot run here: {cannot.reason}",
+            allowed="an artifact of a runtime that runs on this machine",
+            do="See `convnext-edge doctor`",
+        )
+    session = runtime.load(artifact, threads=1)
+    predictions = []
+    for image in images:
+        pixels = preprocess(_read(image), str(image), preprocessing)
+        probabilities = softmax(session(pixels[None])[0])
+        best = probabilities.argsort()[::-1][:top]
+        classes = [
+            {"label": labels[i] if labels else str(i), "probability": float(probabilities[i])}
+            for i in best
+        ]
+        predictions.append({"image": str(image), "classes": classes})
+    return predictions
+
+
+def show(predictions: list[dict[str, Any]], console: Console) -> None:
+    """Print a row per image and class."""
+    table = Table("image", "label", "probability")
+    for item in predictions:
+        for rank, entry in enumerate(item["classes"]):
+            name = escape(item["image"]) if rank == 0 else ""
+            table.add_row(name, escape(entry["label"]), f"{entry['probability']:.4f}")
+    console.print(table)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror})",
+            allowed="image files",
+            do="Correct the path",
+        ) from error

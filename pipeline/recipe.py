@@ -1,0 +1,172 @@
+"""TOML -> `Recipe`, validated.
+
+In: a recipe file and the flags that override it. Out: one frozen `Recipe`: everything a run depends
+on. Reads a file and touches nothing else.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pipeline.errors import UsageError
+from pipeline.records import Interpolation, PositiveFloat, PositiveInt, Scheme
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+Percent = Annotated[float, Field(ge=0, le=100)]
+Ratio = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+_Settings = TypeVar("_Settings", bound="_Strict")
+
+RUNTIMES = ("onnx", "openvino", "tflite", "coreml")
+NONE = "none"
+EMPTY: Mapping[str, Any] = {}
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class BaselineBudget(_Strict):
+    """How much worse than the accepted report an artifact may be."""
+
+    max_drop_pp: Percent | None = None
+    max_latency_ratio: Ratio | None = None
+    max_size_ratio: Ratio | None = None
+
+
+class Budget(_Strict):
+    """What the gate asks. A limit that is left out is not asked.
+
+    Attributes:
+        require: Runtimes whose artifact must have been measured; a not_run there fails.
+        max_drop_pp: Largest loss of top-1 against the float model, in percentage points.
+        min_agreement: Smallest share of images on which two runtimes of one profile agree.
+        min_agreement_across_profiles: The same for two runtimes of different profiles.
+        max_latency_ratio: Largest int8 / float latency of one runtime, by `clock`.
+        max_size_ratio: Largest int8 / float size of one runtime's artifacts.
+        clock: `wall` or `cpu` time.
+        baseline: Limits against a stored report.
+    """
+
+    require: tuple[str, ...] = ()
+    max_drop_pp: Percent | None = None
+    min_agreement: Share | None = None
+    min_agreement_across_profiles: Share | None = None
+    max_latency_ratio: Ratio | None = None
+    max_size_ratio: Ratio | None = None
+    clock: Literal["wall", "cpu"] = "wall"
+    baseline: BaselineBudget = BaselineBudget()
+
+
+class PreprocessingOverride(_Strict):
+    """Preprocessing settings that win over the sidecar and the defaults."""
+
+    crop_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    interpolation: Interpolation | None = None
+    antialias: bool | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+
+
+class Recipe(_Strict):
+    """Everything a run depends on.
+
+    Attributes:
+        checkpoint: A checkpoint file; None is the embedded reference model.
+        data: A folder, a zip or `digits`; None is `digits`, with the embedded model only.
+        eval: Where the evaluation images lie when not in `data`; `none` leaves evaluation out.
+        input_size: Side of the image in pixels; None takes the sidecar's.
+        isa: Where the artifacts will run; `auto` takes each runtime's default.
+        placement: Which layers run in integers; None takes each runtime's default.
+    """
+
+    checkpoint: str | None = None
+    data: str | None = None
+    eval: str | None = None
+    input_size: PositiveInt | None = None
+    scheme: Scheme = "w8a8"
+    runtimes: tuple[str, ...] = RUNTIMES
+    placement: str | None = None
+    calibration_images: PositiveInt = 512
+    eval_images: PositiveInt | None = None
+    seed: int = 0
+    isa: Literal["auto", "avx2", "vnni", "arm"] = "auto"
+    batch: PositiveInt | Literal["dynamic"] = 1
+    allow_overlap: bool = False
+    bench: bool = True
+    device: str = "local"
+    threads: PositiveInt = 1
+    preprocessing: PreprocessingOverride = PreprocessingOverride()
+    gate: Budget | None = None
+    baseline: str | None = None
+
+
+def load_recipe(path: Path | None, overrides: Mapping[str, Any]) -> Recipe:
+    """Read a recipe and lay the flags over it.
+
+    Args:
+        path: A TOML file; None starts from the defaults.
+        overrides: Field name to value; None leaves the recipe's. `preprocessing` is laid over key
+            by key.
+
+    Raises:
+        UsageError: The file is not there, is not TOML, or says something unknown.
+    """
+    stated = _read_toml(path) if path is not None else {}
+    given = {name: value for name, value in overrides.items() if value is not None}
+    flags = {k: v for k, v in given.pop("preprocessing", {}).items() if v is not None}
+    merged = {**stated, **given}
+    merged["preprocessing"] = {**stated.get("preprocessing", {}), **flags}
+    return _validated(Recipe, merged, f"the recipe {path}" if path else "the options", given)
+
+
+def load_budget(path: Path) -> Budget:
+    """Read a budget: a TOML file with its keys at the top or under [gate].
+
+    Raises:
+        UsageError: The file is not there, is not TOML, or says something unknown.
+    """
+    stated = _read_toml(path)
+    return _validated(Budget, stated.get("gate", stated), f"the budget {path}")
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise UsageError(
+            f"{path} cannot be read as TOML ({why})",
+            allowed="a TOML file such as the README shows",
+            do="Correct the path or the file",
+        ) from error
+
+
+def _validated(
+    kind: type[_Settings], values: Mapping[str, Any], what: str, flags: Mapping[str, Any] = EMPTY
+) -> _Settings:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        what = "the options" if first["loc"][0] in flags else what
+        raise UsageError(
+            f"{what}: {name} is {first['input']!r} ({first['msg']})",
+            allowed=_allowed(kind, str(first["loc"][0]), first),
+            do=f"Correct {name}",
+        ) from error
+
+
+def _allowed(kind: type[_Strict], name: str, error: Mapping[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        return ", ".join(kind.model_fields)
+    expected = error.get("ctx", {}).get("expected")
+    return str(expected or kind.model_fields[name].description or error["msg"])

@@ -1,0 +1,317 @@
+"""Every record that crosses a stage, in the order in which it flows.
+
+In: plain values. Out: frozen, keyword-only, validated records that serialise to JSON; the large
+arrays they speak of lie beside them in safetensors files. No logic lives here beyond validation.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal, TypeVar, cast, dataclass_transform
+
+from pydantic import ConfigDict, Field, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+_Class = TypeVar("_Class")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def _record(cls: type[_Class]) -> type[_Class]:
+    """Make a frozen, keyword-only, slotted dataclass whose fields pydantic validates."""
+    return cast(
+        "type[_Class]", dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)(cls)
+    )
+
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+Scheme = Literal["float", "w8a8"]
+Profile = Literal["full", "avx2"]
+Isa = Literal["avx2", "vnni", "arm"]
+Kind = Literal["device", "host", "emulated", "interpreted"]
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+
+SCHEMES: tuple[Scheme, ...] = ("float", "w8a8")
+PROFILES: tuple[Profile, ...] = ("full", "avx2")
+PROFILE_OF_ISA: dict[Isa, Profile] = {"avx2": "avx2", "vnni": "full", "arm": "full"}
+
+
+# --- the checkpoint -------------------------------------------------------------------------------
+
+
+@_record
+class Architecture:
+    """The shape of a ConvNeXt, as its tensors give it.
+
+    `norm_eps` is kept because it differs between dialects and cannot be read off the tensors.
+    """
+
+    depths: tuple[PositiveInt, ...]
+    dims: tuple[PositiveInt, ...]
+    classes: PositiveInt
+    layer_scale: bool = True
+    in_channels: PositiveInt = 3
+    patch: PositiveInt = 4
+    kernel: PositiveInt = 7
+    expansion: PositiveInt = 4
+    norm_eps: PositiveFloat = 1e-6
+
+    @model_validator(mode="after")
+    def _stages_agree(self) -> Architecture:
+        if len(self.depths) != len(self.dims) or not self.depths:
+            msg = (
+                f"depths {self.depths} and dims {self.dims} must name the same stages, at least one"
+            )
+            raise ValueError(msg)
+        return self
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the image per pixel of the last stage: the input size must be a multiple."""
+        stride: int = self.patch * 2 ** (len(self.depths) - 1)
+        return stride
+
+
+@_record
+class Preprocessing:
+    """How an image file becomes the network's input; the same for calibration and evaluation.
+
+    `crop_ratio` is the centre crop's side over the resized shorter side; `mean` and `std` are in
+    units of pixels in [0, 1] and are folded into the stem, so an artifact takes pixels in [0, 255].
+    """
+
+    input_size: PositiveInt
+    crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
+    interpolation: Interpolation = "bicubic"
+    antialias: bool = True
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+
+
+@_record
+class Checkpoint:
+    """What a checkpoint file holds; its tensors lie beside it under canonical names."""
+
+    path: str
+    sha256: str
+    dialect: str
+    architecture: Architecture
+    variant: str
+    labels: tuple[str, ...] | None = None
+
+
+@_record
+class Selection:
+    """Which images of a source serve a purpose: `n` drawn with `seed`, or all of them."""
+
+    where: str
+    purpose: Literal["calibration", "evaluation"]
+    n: PositiveInt | None
+    seed: int
+
+
+# --- calibration ----------------------------------------------------------------------------------
+
+
+class Role(StrEnum):
+    """What a site is to the operations around it (the contract's list of sites)."""
+
+    IMAGE = "image"
+    STEM_OUT = "stem_out"
+    DW_IN = "dw_in"
+    DW_OUT = "dw_out"
+    LN_OUT = "ln_out"
+    GELU_IN = "gelu_in"
+    GELU_OUT = "gelu_out"
+    RES_OUT = "res_out"
+    DOWNSAMPLE_IN = "downsample_in"
+    DOWNSAMPLE_OUT = "downsample_out"
+    HEAD_IN = "head_in"
+
+
+class Layer(StrEnum):
+    """The kinds of layer that carry weights."""
+
+    STEM = "stem"
+    DEPTHWISE = "depthwise"
+    PW1 = "pw1"
+    PW2 = "pw2"
+    DOWNSAMPLE = "downsample"
+    HEAD = "head"
+
+
+@_record
+class Range:
+    """What one site held over the calibration images: values in the units of the float model."""
+
+    minimum: float
+    maximum: float
+    count: PositiveInt
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if self.minimum > self.maximum:
+            msg = f"minimum {self.minimum} lies above maximum {self.maximum}"
+            raise ValueError(msg)
+        return self
+
+
+@_record
+class Quantization:
+    """Affine parameters of one tensor in signed int8: x = scale * (q - zero_point)."""
+
+    scale: PositiveFloat
+    zero_point: Annotated[int, Field(ge=-128, le=127)]
+
+
+@_record
+class QuantizedModel:
+    """One set of integers per profile for every weight, one scale per site, for every runtime.
+
+    The arrays are in the tensors.safetensors beside params.json: the folded float tensors under
+    `float/NAME`, and per profile `PROFILE/LAYER.weight` (int8), `.weight_scale` (float32, per
+    output channel) and `.bias` (int32 at scale_x * scale_w).
+    """
+
+    architecture: Architecture
+    preprocessing: Preprocessing
+    labels: tuple[str, ...] | None
+    sites: dict[str, Quantization]
+    parents: dict[str, str]
+
+
+# --- artifacts ------------------------------------------------------------------------------------
+
+
+@_record
+class Export:
+    """One artifact to be made: which integers, in which form, for which runtime."""
+
+    runtime: str
+    scheme: Scheme
+    placement: str
+    graph_form: str
+    gelu: Literal["tanh", "erf"]
+    profile: Profile | None
+    batch: PositiveInt | Literal["dynamic"] = 1
+
+
+@_record
+class Proof:
+    """What a runtime itself says that it executes, counted on the finished artifact.
+
+    `integer_layers` counts weighted layers that run in integers out of `weighted_layers`; `method`
+    names where the runtime was asked. Counts per block are totals over the number of blocks.
+    """
+
+    method: str
+    integer_layers: int
+    expected_integer_layers: int
+    weighted_layers: int
+    transposes_per_block: float
+    quantize_ops_per_block: float
+    op_counts: dict[str, int]
+
+
+@_record
+class Artifact:
+    """A file (or .mlpackage folder) that a runtime loads.
+
+    `path` is relative to the run folder and `sha256` is that path's. `files` has name and sha256
+    of all that the artifact consists of (OpenVINO's weights lie beside its .xml); `size_bytes` is
+    all of it.
+    """
+
+    export: Export
+    path: str
+    sha256: str
+    size_bytes: PositiveInt
+    sites: tuple[str, ...]
+    proof: Proof
+    files: dict[str, str]
+    export_seconds: float
+    export_peak_memory_bytes: int
+
+    @property
+    def name(self) -> str:
+        """Runtime and scheme, in one word."""
+        return f"{self.export.runtime}-{self.export.scheme}"
+
+
+# --- measurements ---------------------------------------------------------------------------------
+
+
+@_record
+class Accuracy:
+    """An artifact's logits against the float model's, on the same images, run by its runtime."""
+
+    outcome: Literal["measured", "not_run", "failed"]
+    reason: str | None = None
+    kind: Kind | None = None
+    n: int | None = None
+    top1: Fraction | None = None
+    drop_pp: float | None = None
+    drop_ci95_pp: tuple[float, float] | None = None
+    agreement_with_float: Fraction | None = None
+    sqnr_db: float | None = None
+    lost: int | None = None
+    gained: int | None = None
+    correct_bits: str | None = None
+    """One bit per image in order, 1 where the artifact is right: base64 of numpy.packbits."""
+
+
+@_record
+class Latency:
+    """Times of one artifact on one device; milliseconds per inference of batch 1.
+
+    Ratios are of medians, this artifact over the float artifact of its runtime in the same run;
+    `harness` is the null session's time, which each of the others contains.
+    """
+
+    device: str
+    outcome: Literal["measured", "not_run", "failed"]
+    reason: str | None = None
+    kind: Kind | None = None
+    threads: int | None = None
+    n: int | None = None
+    wall_p50_ms: float | None = None
+    wall_p90_ms: float | None = None
+    cpu_p50_ms: float | None = None
+    cpu_p90_ms: float | None = None
+    float_wall_p50_ms: float | None = None
+    float_cpu_p50_ms: float | None = None
+    speedup: float | None = None
+    samples_file: str | None = None
+    load_ms: float | None = None
+    first_ms: float | None = None
+    peak_memory_bytes: int | None = None
+    harness_wall_p50_ms: float | None = None
+    harness_cpu_p50_ms: float | None = None
+    wall_ratio: float | None = None
+    wall_ratio_ci95: tuple[float, float] | None = None
+    cpu_ratio: float | None = None
+    cpu_ratio_ci95: tuple[float, float] | None = None
+    versions: dict[str, str] | None = None
+
+
+@_record
+class Agreement:
+    """Two artifacts of equal scheme on the same images; not transitive, so every pair has a row."""
+
+    a: str
+    b: str
+    scheme: Scheme
+    kind: Kind
+    n: int
+    profile_a: Profile | None
+    profile_b: Profile | None
+    top1_agreement: Fraction
+    max_abs_logit_diff: float
+
+
+def to_json(record: object) -> bytes:
+    """Serialise a record (or a container of them) to UTF-8 JSON with a stable key order."""
+    return TypeAdapter(type(record)).dump_json(record, indent=2)

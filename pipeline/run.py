@@ -1,0 +1,340 @@
+"""The composition root: a recipe becomes a run folder.
+
+In: a `Recipe` and a folder. Out: in that folder the artifacts, report.json, pages and the gate's
+word. Every stage is looked up in the store first and runs in a worker process where it is missing.
+
+    checkpoint -> calibrate -> quantize -> export -> verify -> bench -> report -> gate
+                                           (each per artifact)
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import TypeAdapter, ValidationError
+
+from pipeline.conclude import conclude
+from pipeline.data import choose
+from pipeline.errors import ArtifactError, UsageError
+from pipeline.measure import Timing, Verification
+from pipeline.recipe import NONE, Recipe
+from pipeline.records import (
+    PROFILE_OF_ISA,
+    SCHEMES,
+    Artifact,
+    Checkpoint,
+    Export,
+    Preprocessing,
+    Proof,
+)
+from pipeline.sidecar import read_sidecar
+from pipeline.stages import Done, Stages
+from pipeline.store import Stage, publish, sha256_file, write_atomic
+from pipeline.worker import end_all
+from reports import assemble
+from targets import base
+from targets.base import check_expressible
+from targets.devices.local import available_cores, host_isa
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.data import Data
+    from pipeline.display import Display
+    from pipeline.records import Accuracy, Latency, Scheme
+    from pipeline.worker import Worker
+    from reports.document import Report
+    from targets.base import DeviceInfo, Runtime
+
+EMBEDDED = Path(__file__).parent / "embedded" / "digits.safetensors"
+EMBEDDED_RECIPE = Path(__file__).parent / "embedded" / "recipe.toml"
+DEFAULT_INPUT_SIZE = 224
+
+RECIPE, MODEL, ARTIFACTS = "recipe.json", "model", "artifacts"
+"""Places in a run folder, beside stages/, logs/, samples/ and what `pipeline.conclude` writes."""
+MODEL_FILES = ("params.json", "tensors.safetensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """How far a run goes; a step that is not asked still takes over what was finished before."""
+
+    export: bool = True
+    verify: bool = True
+    bench: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """What a run leaves behind; `report` is None where it ended before exporting."""
+
+    report: Report | None
+    made: tuple[str, ...]
+    reused: tuple[str, ...]
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """The errors of every measurement that failed."""
+        rows = self.report.artifacts if self.report else ()
+        results: list[Accuracy | Latency] = []
+        for row in rows:
+            results += [row.accuracy, *row.latency]
+        return tuple(str(r.reason) for r in results if r.outcome == "failed")
+
+
+def execute(recipe: Recipe, out: Path, steps: Steps, display: Display) -> Finished:
+    """Run the stages that a recipe asks for.
+
+    Args:
+        recipe: Everything the run depends on.
+        out: The run folder; made where it is missing.
+        steps: How far to go.
+        display: Where progress is shown.
+
+    Returns:
+        The report as written to report.json, and which stages were made or reused.
+
+    Raises:
+        EdgeError: One line for the user; finished stages are kept.
+    """
+    try:
+        return _Run(recipe, out, display).execute(steps)
+    except BaseException:
+        # Ctrl-C included: a thread that waits for a worker must not keep the process alive.
+        end_all()
+        raise
+
+
+def stored_recipe(out: Path) -> Recipe:
+    """Read the recipe that a run folder was made from.
+
+    Raises:
+        ArtifactError: It is not a run folder.
+    """
+    try:
+        return Recipe.model_validate_json((out / RECIPE).read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ArtifactError(
+            f"{out} is not a run folder ({RECIPE} is missing or damaged)",
+            allowed="a folder that `convnext-edge run --out` wrote",
+            do="Correct the path",
+        ) from error
+
+
+class _Run:
+    def __init__(self, recipe: Recipe, out: Path, display: Display) -> None:
+        self.recipe = recipe
+        self.out = out
+        self.display = display
+        self.targets = [base.runtime(name) for name in dict.fromkeys(recipe.runtimes)]
+        for target in self.targets:
+            base.require_installed(target)
+            for scheme in self._schemes():
+                check_expressible(self._wanted(target, scheme), target)
+        self.device = base.device(recipe.device)
+        self.source = Path(recipe.checkpoint) if recipe.checkpoint else EMBEDDED
+        self.sidecar = read_sidecar(self.source)
+        self.preprocessing = self._preprocessing()
+        self.stages = Stages(out, display, cores=available_cores())
+
+    def execute(self, steps: Steps) -> Finished:
+        write_atomic(self.out / RECIPE, self.recipe.model_dump_json(indent=2).encode())
+        loaded, model = self._checkpoint()
+        with self.display.stage("data") as progress:
+            data = choose(self.recipe, model, progress)
+        quantized = self._quantize(loaded, model, data)
+        report = None
+        if steps.export:
+            artifacts = self._export(quantized)
+            report = self._report(steps, loaded, model, data, artifacts)
+        store = self.stages.store
+        return Finished(report=report, made=tuple(store.made), reused=tuple(store.reused))
+
+    def _report(
+        self,
+        steps: Steps,
+        loaded: Done,
+        model: Checkpoint,
+        data: Data,
+        artifacts: Sequence[Artifact],
+    ) -> Report:
+        verification = Verification(
+            self.stages, loaded, model, self.preprocessing, asked=steps.verify
+        )
+        float_result, accuracies, agreement = verification.run(artifacts, data)
+        size = self.preprocessing.input_size
+        batch = 1 if self.recipe.batch == "dynamic" else self.recipe.batch
+        timing = Timing(
+            self.stages,
+            self.device,
+            threads=self.recipe.threads,
+            image_shape=(batch, model.architecture.in_channels, size, size),
+            asked=steps.bench and self.recipe.bench,
+        )
+        latencies = timing.run(artifacts)
+        report = assemble.report(
+            local=_this_machine(),
+            checkpoint=assemble.model(model, loaded.value, size),
+            calibration=data.calibration.source,
+            evaluation=data.evaluation.source if data.evaluation else None,
+            float_result=float_result,
+            artifacts=[
+                assemble.artifact_row(artifact, accuracy, [latency])
+                for artifact, accuracy, latency in zip(
+                    artifacts, accuracies, latencies, strict=True
+                )
+            ],
+            agreement=agreement,
+        )
+        return conclude(
+            report, self.out, self.recipe.gate, baseline=self.recipe.baseline, stages=self.stages
+        )
+
+    # --- settings ------------------------------------------------------------------------------
+
+    def _schemes(self) -> list[Scheme]:
+        """The float artifact always comes along: it is what the others are held against."""
+        return [scheme for scheme in SCHEMES if scheme in {"float", self.recipe.scheme}]
+
+    def _wanted(self, target: Runtime, scheme: Scheme) -> Export:
+        can = target.capabilities
+        isa = self.recipe.isa if self.recipe.isa != "auto" else can.default_isa or host_isa()
+        quantized = scheme != "float"
+        return Export(
+            runtime=target.name,
+            scheme=scheme,
+            placement=(self.recipe.placement or can.placements[0]) if quantized else NONE,
+            graph_form=can.graph_forms[0],
+            gelu=can.gelu,
+            profile=PROFILE_OF_ISA[isa] if quantized else None,
+            batch=self.recipe.batch,
+        )
+
+    def _preprocessing(self) -> Preprocessing:
+        flags = self.recipe.preprocessing.model_dump(exclude_none=True)
+        if self.recipe.input_size is not None:
+            flags["input_size"] = self.recipe.input_size
+        settings = {"input_size": DEFAULT_INPUT_SIZE, **self.sidecar.preprocessing, **flags}
+        try:
+            return Preprocessing(**settings)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UsageError(
+                f"preprocessing: {first['loc'][0]} is {first['input']!r} ({first['msg']})",
+                allowed="input_size, crop_ratio, interpolation, antialias, mean, std",
+                do="Correct the sidecar .json, the recipe or the flag",
+            ) from error
+
+    # --- stages, in the order of the flow ------------------------------------------------------
+
+    def _checkpoint(self) -> tuple[Done, Checkpoint]:
+        labels, size = self.sidecar.labels, self.preprocessing.input_size
+        stage = Stage(
+            name="checkpoint",
+            modules=("pipeline.checkpoint",),
+            # What is not a file is for the stage to complain about.
+            inputs={"file": sha256_file(self.source) if self.source.is_file() else ""},
+            settings={"path": str(self.source), "labels": labels, "input_size": size},
+            libraries=("torch", "safetensors"),
+        )
+        done = self.stages.do(
+            stage,
+            "pipeline.checkpoint:load_stage",
+            path=str(self.source),
+            labels=labels and list(labels),
+            input_size=size,
+        )
+        for warning in done.value["warnings"]:
+            self.display.note(f"[yellow]odd weights:[/] {warning}")
+        record = (done.folder / "checkpoint.json").read_bytes()
+        return done, TypeAdapter(Checkpoint).validate_json(record)
+
+    def _quantize(self, loaded: Done, checkpoint: Checkpoint, data: Data) -> Path:
+        how = asdict(self.preprocessing)
+        parents = {"checkpoint": checkpoint.sha256, "calibration": data.calibration.source.sha256}
+        calibrated = self.stages.do(
+            Stage(
+                name="calibrate",
+                modules=("pipeline.calibrate",),
+                inputs=parents,
+                settings={"preprocessing": how},
+                libraries=("torch", "numpy", "pillow"),
+            ),
+            "pipeline.calibrate:calibrate_stage",
+            model=str(loaded.folder),
+            selection=asdict(data.calibration.selection),
+            preprocessing=how,
+        )
+        quantized = self.stages.do(
+            Stage(
+                name="quantize",
+                modules=("pipeline.quantize",),
+                inputs={**parents, "ranges": sha256_file(calibrated.folder / "ranges.json")},
+                settings={"preprocessing": how, "labels": checkpoint.labels},
+                libraries=("torch", "numpy"),
+            ),
+            "pipeline.quantize:quantize_stage",
+            model=str(loaded.folder),
+            ranges=str(calibrated.folder / "ranges.json"),
+            preprocessing=how,
+            parents=parents,
+        )
+        publish(quantized.folder, self.out / MODEL, MODEL_FILES)
+        return quantized.folder
+
+    def _export(self, model: Path) -> list[Artifact]:
+        hashes = {name: sha256_file(model / name) for name in MODEL_FILES}
+
+        def export(target: Runtime) -> list[Artifact]:
+            # One worker for all schemes: the frameworks are slow to import.
+            with self.stages.worker(f"export-{target.name}") as worker:
+                return [
+                    self._artifact(target, self._wanted(target, scheme), model, hashes, worker)
+                    for scheme in self._schemes()
+                ]
+
+        return [item for items in self.stages.side_by_side(export, self.targets) for item in items]
+
+    def _artifact(
+        self,
+        target: Runtime,
+        wanted: Export,
+        model: Path,
+        hashes: dict[str, str],
+        worker: Worker,
+    ) -> Artifact:
+        name = f"{wanted.runtime}-{wanted.scheme}"
+        done = self.stages.do(
+            Stage(
+                name=f"export-{name}",
+                modules=("targets.export", type(target).__module__),
+                inputs=hashes,
+                settings=asdict(wanted),
+                libraries=("torch", "numpy", *target.capabilities.distributions),
+            ),
+            "targets.export:export_stage",
+            worker=worker,
+            model=str(model),
+            export=asdict(wanted),
+        )
+        made = done.value
+        publish(done.folder, self.out / ARTIFACTS / name, made["files"])
+        return Artifact(
+            export=wanted,
+            path=f"{ARTIFACTS}/{name}/{made['path']}",
+            sha256=made["sha256"],
+            size_bytes=made["size_bytes"],
+            sites=tuple(made["sites"]),
+            proof=Proof(**made["proof"]),
+            files=made["files"],
+            export_seconds=done.seconds,
+            export_peak_memory_bytes=done.peak_memory_bytes,
+        )
+
+
+def _this_machine() -> DeviceInfo:
+    info = base.device("local").probe()
+    assert isinstance(info, base.DeviceInfo), "this machine is always there"
+    return info

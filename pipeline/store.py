@@ -1,0 +1,280 @@
+"""Content hashes, atomic writes, and the cache that lets a run resume.
+
+In: a stage's name, its inputs and settings. Out: a folder of finished files, named by the hash of
+everything that could change them: inputs, settings, the source of the stage's code and of all it
+imports from this project, and the versions of the libraries it uses. A folder appears whole or not
+at all: it is written beside its place and renamed.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.errors import OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+PACKAGES = ("pipeline", "calib", "targets", "reports")
+_PARTIAL = ".partial-"
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Return the hex SHA-256 of some bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Return the hex SHA-256 of a file, or of a folder's relative names and contents in order."""
+    if path.is_dir():
+        parts = [
+            f"{file.relative_to(path).as_posix()}:{sha256_file(file)}"
+            for file in sorted(path.rglob("*"))
+            if file.is_file()
+        ]
+        return sha256_bytes("\n".join(parts).encode())
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def size_bytes(path: Path) -> int:
+    """Return the bytes in a file, or in all files of a folder."""
+    if path.is_dir():
+        return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    return path.stat().st_size
+
+
+def sha256_json(value: object) -> str:
+    """Return the hex SHA-256 of a JSON-like value; key order does not matter."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+@functools.cache
+def sha256_code(module: str) -> str:
+    """Return a hash of a module's source and of every module of this project it imports."""
+    sources: dict[str, str] = {}
+    pending = [module]
+    while pending:
+        name = pending.pop()
+        path = module_path(name)
+        if name in sources or path is None:
+            continue
+        source = path.read_bytes()
+        sources[name] = sha256_bytes(source)
+        pending.extend(imported_modules(source.decode()))
+    return sha256_json(sources)
+
+
+def imported_modules(source: str) -> set[str]:
+    """Return the modules of this project that some Python source imports, wherever in it."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return {name for name in names if module_path(name) is not None}
+
+
+@functools.cache
+def module_path(name: str) -> Path | None:
+    """Return the file of one of this project's modules, found without importing anything."""
+    package, *rest = name.split(".")
+    if package not in PACKAGES:
+        return None
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    place = Path(spec.origin).parent.joinpath(*rest)
+    candidates = (place.with_suffix(".py"), place / "__init__.py") if rest else (Path(spec.origin),)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def library_versions(distributions: Sequence[str]) -> dict[str, str | None]:
+    """Return the installed version of each distribution, None where it is not installed."""
+    return {name: _version(name) for name in distributions}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[Path]:
+    """Give a path beside `target` to write to; rename it into place when the block succeeds.
+
+    Works for a file and for a folder (the block creates either). Whatever goes wrong, Ctrl-C
+    included, the target is as it was before and nothing is left beside it.
+
+    Raises:
+        OutputError: The place cannot be written, or the disk is full.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(target.parent, error) from error
+    partial = target.with_name(f"{_PARTIAL}{os.getpid()}-{target.name}")
+    try:
+        yield partial
+        _replace(partial, target)
+    except OSError as error:
+        if error.filename is not None and str(partial) not in str(error.filename):
+            raise
+        raise cannot_write(target, error) from error
+    finally:
+        _remove(partial)
+
+
+def write_atomic(target: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OutputError: The place cannot be written, or the disk is full.
+    """
+    with writing(target) as partial:
+        partial.write_bytes(data)
+
+
+def publish(source: Path, target: Path, names: Iterable[str]) -> None:
+    """Copy finished files or folders into a folder that a person looks in, all at once.
+
+    Nothing is written where the same contents are there already.
+
+    Args:
+        source: Folder that holds them.
+        target: Folder to appear.
+        names: What to copy.
+
+    Raises:
+        OutputError: The place cannot be written, or the disk is full.
+    """
+    wanted = {name: sha256_file(source / name) for name in names}
+    if target.is_dir():
+        there = {item.name: sha256_file(item) for item in target.iterdir()}
+        if there == wanted:
+            return
+    with writing(target) as partial:
+        partial.mkdir()
+        for name in wanted:
+            copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile
+            copy(source / name, partial / name)
+
+
+def cannot_write(path: Path | str, error: OSError) -> OutputError:
+    """Return the error that says that a path cannot be written, and why."""
+    return OutputError(
+        f"cannot write {path} ({error.strerror or error})",
+        allowed="a folder this user may write, on a disk with room",
+        do="Choose another --out or free some space; what was finished is kept",
+    )
+
+
+def _replace(partial: Path, target: Path) -> None:
+    if target.is_dir():
+        old = target.with_name(f"{_PARTIAL}{os.getpid()}-old-{target.name}")
+        target.rename(old)
+        partial.rename(target)
+        shutil.rmtree(old)
+    else:
+        partial.replace(target)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """One cached step: what would change its result.
+
+    Attributes:
+        name: The stage's word, and the first part of its folder's name.
+        modules: Modules whose source, with all of this project they import, belongs to the key.
+        inputs: Name to content hash.
+        settings: Anything JSON can hold.
+        libraries: Distributions whose versions belong to the key.
+    """
+
+    name: str
+    modules: Sequence[str]
+    inputs: Mapping[str, str]
+    settings: Mapping[str, object]
+    libraries: Sequence[str] = ()
+
+    def key(self) -> str:
+        """Return the hash of everything that could change the stage's result."""
+        return sha256_json(
+            {
+                "name": self.name,
+                "code": [sha256_code(module) for module in self.modules],
+                "inputs": dict(self.inputs),
+                "settings": dict(self.settings),
+                "libraries": library_versions(self.libraries),
+            }
+        )
+
+
+class Store:
+    """The finished stages of one run folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.reused: list[str] = []
+        self.made: list[str] = []
+
+    def find(self, stage: Stage) -> Path | None:
+        """Return the finished folder of a stage, or None."""
+        folder = self._folder(stage)
+        return folder if folder.is_dir() else None
+
+    def get(self, stage: Stage, make: Callable[[Path], None]) -> Path:
+        """Return the stage's folder, made now only where it is not there yet.
+
+        Args:
+            stage: What to look up.
+            make: Fills an empty folder; its path is the argument.
+
+        Raises:
+            OutputError: The run folder cannot be written.
+        """
+        found = self.find(stage)
+        if found is not None:
+            self.reused.append(stage.name)
+            return found
+        folder = self._folder(stage)
+        started = time.monotonic()
+        with writing(folder) as partial:
+            partial.mkdir()
+            make(partial)
+            record = {
+                "stage": stage.name,
+                "seconds": round(time.monotonic() - started, 3),
+                "inputs": dict(stage.inputs),
+                "settings": dict(stage.settings),
+                "libraries": library_versions(stage.libraries),
+            }
+            (partial / "stage.json").write_text(json.dumps(record, indent=2, default=str))
+        self.made.append(stage.name)
+        return folder
+
+    def _folder(self, stage: Stage) -> Path:
+        return self.root / f"{stage.name}-{stage.key()[:16]}"

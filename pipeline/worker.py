@@ -1,0 +1,247 @@
+"""Work in a process of its own: frameworks kept apart, memory given back, crashes contained.
+
+In: the name of a function and JSON arguments. Out: its JSON result, with the seconds it took and
+the process's peak memory. A worker is `python -P -m pipeline.worker`; requests and replies are
+lines of JSON on its standard input and output, and whatever libraries print goes to a log file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
+
+from pipeline import errors
+from pipeline.errors import EdgeError, WorkerError
+from pipeline.store import cannot_write
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from types import TracebackType
+
+PROGRESS_SECONDS = 0.05
+UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG})
+
+
+class Progress(Protocol):
+    """What a long function calls as it goes."""
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say that `done` of `total` steps are behind."""
+
+
+def silent(done: int, total: int) -> None:
+    """Report to nobody."""
+    del done, total
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """What a call gave and what it cost."""
+
+    value: Any
+    seconds: float
+    peak_memory_bytes: int
+
+
+_running: set[subprocess.Popen[str]] = set()
+
+
+def end_all() -> None:
+    """Kill every worker of this process: what waits for one gets a `WorkerError` at once."""
+    for process in tuple(_running):
+        process.kill()
+
+
+class Worker:
+    """One worker process, started at its first call and ended with the `with` block.
+
+    Args:
+        log: The file that takes the process's standard error.
+    """
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Self:
+        """Return the worker; nothing is started yet."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """End the process, whatever it is doing."""
+        if self._process is not None:
+            assert self._process.stdin is not None
+            assert self._process.stdout is not None
+            self._process.kill()
+            self._process.wait()
+            _running.discard(self._process)
+            self._process.stdout.close()
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+
+    def call(self, function: str, *, progress: Progress = silent, **arguments: object) -> Reply:
+        """Call `module:function` in the worker.
+
+        Args:
+            function: It takes the arguments by keyword, and `progress` as well.
+            progress: Called in this process.
+            **arguments: JSON values.
+
+        Returns:
+            What the function returned, and its cost.
+
+        Raises:
+            EdgeError: As the function raised it.
+            WorkerError: The function failed otherwise, or the process died.
+        """
+        process = self._started()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            process.stdin.write(json.dumps({"function": function, "arguments": arguments}) + "\n")
+            process.stdin.flush()
+            while line := process.stdout.readline():
+                message = json.loads(line)
+                if "progress" in message:
+                    progress(*message["progress"])
+                    continue
+                return self._reply(function, message)
+        except BrokenPipeError:
+            pass
+        raise self._died(function, process.wait())
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("a") as log:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", "-m", "pipeline.worker"],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=log,
+                    text=True,
+                    # Ctrl-C is this process's to handle: it ends its workers itself.
+                    start_new_session=True,
+                )
+            _running.add(self._process)
+        return self._process
+
+    def _reply(self, function: str, message: dict[str, Any]) -> Reply:
+        if "error" in message:
+            error = message["error"]
+            kind = getattr(errors, error.pop("kind"))
+            raise kind(error.pop("got"), **error)
+        if "crash" in message:
+            raise WorkerError(
+                f"{function} failed: {message['crash']}",
+                allowed="a run to the end",
+                do=f"See {self.log} and report it: this is a bug",
+            )
+        return Reply(
+            value=message["value"],
+            seconds=message["seconds"],
+            peak_memory_bytes=message["peak_memory_bytes"],
+        )
+
+    def _died(self, function: str, code: int) -> WorkerError:
+        what = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return WorkerError(
+            f"{function} ended with {what}",
+            allowed="a run to the end",
+            do=f"See {self.log}; SIGKILL often means that memory ran out",
+        )
+
+
+def main() -> None:
+    """Serve requests until standard input ends."""
+    replies = _take_standard_output()
+    for line in sys.stdin:
+        request = json.loads(line)
+        started = time.monotonic()
+        message = _answer(request["function"], request["arguments"], _Announcer(replies))
+        message["seconds"] = time.monotonic() - started
+        message["peak_memory_bytes"] = peak_memory_bytes()
+        _send(replies, message)
+
+
+def peak_memory_bytes() -> int:
+    """Return the largest resident size this process has had."""
+    if sys.platform == "linux":
+        # getrusage would count what the parent held when it started this process.
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _take_standard_output() -> TextIO:
+    # Libraries print to standard output, from C++ too: point it at standard error.
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return replies
+
+
+def _answer(function: str, arguments: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    module, _, name = function.partition(":")
+    try:
+        target: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return {"value": target(**arguments, progress=progress)}
+    except EdgeError as error:
+        return {"error": _described(error)}
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            return _crash(error)
+        return {"error": _described(cannot_write(error.filename or "the run folder", error))}
+    except Exception as error:  # noqa: BLE001 - the process boundary: the parent says it in a line
+        return _crash(error)
+
+
+def _crash(error: Exception) -> dict[str, Any]:
+    traceback.print_exc()
+    first = (str(error).strip().splitlines() or [""])[0]
+    return {"crash": f"{type(error).__name__}: {first[:200]}"}
+
+
+def _described(error: EdgeError) -> dict[str, str]:
+    kind = type(error).__name__
+    return {"kind": kind, "got": error.got, "allowed": error.allowed, "do": error.do}
+
+
+class _Announcer:
+    """Sends progress, at most twenty times a second."""
+
+    def __init__(self, replies: TextIO) -> None:
+        self.replies = replies
+        self.last = 0.0
+
+    def __call__(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done >= total or now - self.last > PROGRESS_SECONDS:
+            self.last = now
+            _send(self.replies, {"progress": [done, total]})
+
+
+def _send(replies: TextIO, message: dict[str, Any]) -> None:
+    replies.write(json.dumps(message) + "\n")
+    replies.flush()
+
+
+if __name__ == "__main__":
+    main()

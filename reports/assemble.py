@@ -1,0 +1,111 @@
+"""The records of a run become one `Report`.
+
+In: what the stages left behind. Out: the document, without the gate's word, which is added last.
+"""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pipeline.store import library_versions
+from reports.document import (
+    ArtifactRow,
+    Data,
+    DataSource,
+    FloatResult,
+    Gate,
+    Host,
+    Model,
+    Report,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from pipeline.records import Accuracy, Agreement, Artifact, Checkpoint, Latency
+    from targets.base import DeviceInfo
+
+DISTRIBUTIONS = [
+    "convnext-edge",
+    "torch",
+    "numpy",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "ai-edge-litert",
+    "coremltools",
+    "tensorflow-cpu",
+]
+
+
+def host(local: DeviceInfo) -> Host:
+    """Describe this machine."""
+    versions = library_versions(DISTRIBUTIONS)
+    return Host(
+        cpu=local.description,
+        isa=local.isa,
+        os=platform.platform(),
+        python=sys.version.split()[0],
+        packages={name: version for name, version in versions.items() if version is not None},
+    )
+
+
+def model(checkpoint: Checkpoint, counts: Mapping[str, Any], input_size: int) -> Model:
+    """Describe the checkpoint; `counts` has `params` and `macs`."""
+    return Model(
+        checkpoint_sha256=checkpoint.sha256,
+        dialect=checkpoint.dialect,
+        variant=checkpoint.variant,
+        params=counts["params"],
+        macs=counts["macs"],
+        input_size=input_size,
+        classes=checkpoint.architecture.classes,
+    )
+
+
+def artifact_row(artifact: Artifact, accuracy: Accuracy, latency: Sequence[Latency]) -> ArtifactRow:
+    """Lay out one artifact with what was measured on it."""
+    export = artifact.export
+    return ArtifactRow(
+        runtime=export.runtime,
+        scheme=export.scheme,
+        placement=export.placement,
+        graph_form=export.graph_form,
+        path=artifact.path,
+        sha256=artifact.sha256,
+        size_bytes=artifact.size_bytes,
+        accuracy=accuracy,
+        latency=tuple(latency),
+        profile=export.profile,
+        gelu=export.gelu,
+        batch=export.batch,
+        sites=artifact.sites,
+        proof=artifact.proof,
+        files=artifact.files,
+        export_seconds=round(artifact.export_seconds, 3),
+        export_peak_memory_bytes=artifact.export_peak_memory_bytes,
+    )
+
+
+def report(
+    *,
+    local: DeviceInfo,
+    checkpoint: Model,
+    calibration: DataSource | None,
+    evaluation: DataSource | None,
+    float_result: FloatResult,
+    artifacts: Sequence[ArtifactRow],
+    agreement: Sequence[Agreement],
+) -> Report:
+    """Put the document together; the gate is still not_run."""
+    return Report(
+        host=host(local),
+        model=checkpoint,
+        data=Data(calibration=calibration, evaluation=evaluation),
+        float_result=float_result,
+        artifacts=tuple(artifacts),
+        agreement=tuple(agreement),
+        gate=Gate(outcome="not_run", checks=()),
+    )

@@ -1,0 +1,270 @@
+"""What a runtime and a device provide, and how they are found.
+
+In: modules in targets/runtimes/ and targets/devices/. Out: a registry by word. One file is one
+format or one place to run; a name that begins with _ is not discovered. Nothing here imports a
+framework: a runtime imports its own inside its methods.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from pipeline.errors import MissingRuntimeError, UsageError
+from pipeline.records import SCHEMES, Layer
+from pipeline.store import library_versions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
+    from types import ModuleType
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pipeline.records import Export, Isa, Kind, Proof, Scheme
+    from pipeline.worker import Progress
+    from targets.graph import Graph
+
+    Logits = NDArray[np.float32]
+    Image = NDArray[np.float32]
+
+INPUT_NAME, OUTPUT_NAME, METADATA_KEY = "image", "logits", "convnext_edge"
+
+PLACEMENTS: dict[str, frozenset[Layer]] = {
+    "pointwise": frozenset({Layer.PW1, Layer.PW2}),
+    "all": frozenset(Layer),
+}
+"""A placement names the layers that run in integers; which sites carry Q/DQ follows from it:
+every input of such a layer, and its output where the runtime's kernel writes integers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    """What a runtime can express, as data.
+
+    Attributes:
+        suffix: Ending of its artifacts.
+        layout: Layout of the artifact's image input: `NCHW` or `NHWC`.
+        extra: The extra of convnext-edge that installs it.
+        distributions: What must be installed to export to it and to run it.
+        schemes: Schemes it can express.
+        placements: Placements it can express; the first is the default.
+        graph_forms: Forms it can emit; the first is the default.
+        gelu: The form of GELU it emits: tanh or erf.
+        integer_outputs: Layers whose integer kernel writes integers, so that their output is a
+            site too.
+        float_layers: Layers that stay float whatever the placement, with the reason.
+        default_isa: The ISA an artifact is made for when none is asked; None is this host's.
+    """
+
+    suffix: str
+    layout: str
+    extra: str
+    distributions: tuple[str, ...]
+    schemes: tuple[Scheme, ...] = SCHEMES
+    placements: tuple[str, ...] = ("pointwise", "all")
+    graph_forms: tuple[str, ...]
+    gelu: Literal["tanh", "erf"]
+    integer_outputs: frozenset[Layer] = frozenset()
+    float_layers: Mapping[Layer, str] = field(default_factory=dict)
+    default_isa: Isa | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NotRun:
+    """Something that cannot happen on this machine, and why."""
+
+    reason: str
+
+
+class Session(Protocol):
+    """A loaded artifact, ready to run."""
+
+    def __call__(self, image: Image) -> Logits:
+        """Run one batch: float32 pixels in [0, 255], NCHW, to float32 logits (N, classes)."""
+
+
+class Runtime(Protocol):
+    """One format. A module in targets/runtimes/ provides an instance named `RUNTIME`."""
+
+    name: str
+    capabilities: Capabilities
+
+    def export(self, graph: Graph, path: Path, metadata: str) -> None:
+        """Write the artifact: input `image`, output `logits`, the JSON metadata inside."""
+
+    def prove(self, path: Path, graph: Graph) -> Proof:
+        """Count, on the finished artifact, what the runtime really executes."""
+
+    def read_metadata(self, path: Path) -> str:
+        """Return the JSON metadata that `export` put in; empty where there is none."""
+
+    def can_run(self) -> NotRun | None:
+        """Return why an artifact cannot run on this machine, or None where it can."""
+
+    def load(self, path: Path, threads: int) -> Session:
+        """Load an artifact with this many threads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceInfo:
+    """What a device is."""
+
+    name: str
+    kind: Kind
+    isa: tuple[str, ...]
+    description: str
+    cores: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One artifact to time. `runtime` and `path` are None for the null job: the harness alone."""
+
+    label: str
+    runtime: str
+    path: Path | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Samples:
+    """Raw times of one job: milliseconds per inference, in the order in which they were taken."""
+
+    label: str
+    wall_ms: tuple[float, ...]
+    cpu_ms: tuple[float, ...]
+    load_ms: float
+    first_ms: float
+    peak_memory_bytes: int
+    versions: dict[str, str]
+
+
+class Device(Protocol):
+    """One place to run. A module in targets/devices/ provides an instance named `DEVICE`."""
+
+    name: str
+
+    def probe(self) -> DeviceInfo | NotRun:
+        """Say what this device is, or why it cannot be used now."""
+
+    def can_run(self, wanted: Runtime) -> NotRun | None:
+        """Return why a runtime's artifacts cannot run on this device, or None where they can."""
+
+    def measure(
+        self,
+        jobs: Sequence[Job],
+        image: Image,
+        *,
+        rounds: int,
+        per_round: int,
+        threads: int,
+        progress: Progress,
+    ) -> list[Samples]:
+        """Time the jobs, alternating: `rounds` times each in turn, `per_round` inferences."""
+
+
+def runtimes() -> dict[str, Runtime]:
+    """Return every runtime by its word, discovered from targets/runtimes/."""
+    return {item.name: item for item in _discover("targets.runtimes", "RUNTIME")}
+
+
+def devices() -> dict[str, Device]:
+    """Return every device by its name, discovered from targets/devices/."""
+    return {item.name: item for item in _discover("targets.devices", "DEVICE")}
+
+
+def runtime(name: str) -> Runtime:
+    """Return one runtime.
+
+    Raises:
+        UsageError: No runtime has this name.
+    """
+    known = runtimes()
+    if name not in known:
+        raise UsageError(
+            f"unknown runtime: {name}",
+            allowed=", ".join(sorted(known)),
+            do="Correct --runtimes",
+        )
+    return known[name]
+
+
+def device(name: str) -> Device:
+    """Return one device.
+
+    Raises:
+        UsageError: No device has this name.
+    """
+    known = devices()
+    if name not in known:
+        raise UsageError(
+            f"unknown device: {name}",
+            allowed=", ".join(sorted(known)),
+            do="Correct --device",
+        )
+    return known[name]
+
+
+def require_installed(wanted: Runtime) -> None:
+    """Check that a runtime's packages are installed.
+
+    Raises:
+        MissingRuntimeError: At least one is not; the message names the extra.
+    """
+    versions = library_versions(wanted.capabilities.distributions)
+    missing = [name for name, version in versions.items() if version is None]
+    if missing:
+        raise MissingRuntimeError(
+            f"runtime {wanted.name} is not installed: {', '.join(missing)} missing",
+            allowed=f"an environment with the extra [{wanted.capabilities.extra}]",
+            do=f"Run: pip install 'convnext-edge[{wanted.capabilities.extra}]'",
+        )
+
+
+def check_expressible(wanted: Export, known: Runtime) -> None:
+    """Check that a runtime can express an export.
+
+    Raises:
+        UsageError: It cannot; the message lists what it can.
+    """
+    can = known.capabilities
+    quantized = wanted.scheme != "float"
+    for word, value, allowed in (
+        ("scheme", wanted.scheme, can.schemes),
+        ("graph form", wanted.graph_form, can.graph_forms),
+        *((("placement", wanted.placement, can.placements),) if quantized else ()),
+    ):
+        if value not in allowed:
+            raise UsageError(
+                f"runtime {known.name} does not express {word} {value}",
+                allowed=", ".join(allowed),
+                do=f"Choose another {word} or another runtime",
+            )
+
+
+def of_suffix(path: Path) -> Runtime:
+    """Return the runtime that loads this artifact, by its ending.
+
+    Raises:
+        UsageError: No runtime has artifacts with this ending.
+    """
+    known = runtimes().values()
+    for item in known:
+        if path.name.endswith(item.capabilities.suffix):
+            return item
+    raise UsageError(
+        f"{path} is not an artifact of any runtime here",
+        allowed="a file ending in " + ", ".join(sorted(i.capabilities.suffix for i in known)),
+        do="Give the path of an artifact in RUN_DIR/artifacts",
+    )
+
+
+def _discover(package: str, attribute: str) -> Iterable[ModuleType]:
+    parent = importlib.import_module(package)
+    for info in sorted(pkgutil.iter_modules(parent.__path__), key=lambda i: i.name):
+        if not info.name.startswith("_"):
+            module = importlib.import_module(f"{package}.{info.name}")
+            yield getattr(module, attribute)

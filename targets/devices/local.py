@@ -1,0 +1,226 @@
+"""This machine's CPU.
+
+In: artifacts and one image. Out: raw times. Every artifact is timed in a process of its own; the
+processes take turns, so that a float and an int8 artifact see the same noise.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.store import library_versions
+from pipeline.worker import Worker
+from targets.base import DeviceInfo, Job, NotRun, Samples, runtime
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.records import Isa
+    from pipeline.worker import Progress
+    from targets.base import Image, Logits, Runtime, Session
+
+WARM_UP = 4
+ISA_FLAGS = [
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "amx_int8",
+    "neon",
+    "asimd",
+    "asimddp",
+    "i8mm",
+    "sve",
+    "sve2",
+    "fp16",
+]
+VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "avx10_1"})
+
+
+class Local:
+    """The device `local`."""
+
+    name = "local"
+
+    def probe(self) -> DeviceInfo | NotRun:
+        """Describe this machine."""
+        return DeviceInfo(
+            name=self.name,
+            kind="host",
+            isa=isa_flags(),
+            description=cpu_name(),
+            cores=available_cores(),
+        )
+
+    def can_run(self, wanted: Runtime) -> NotRun | None:
+        """Ask the runtime: here it runs in this very environment."""
+        return wanted.can_run()
+
+    def measure(
+        self,
+        jobs: Sequence[Job],
+        image: Image,
+        *,
+        rounds: int,
+        per_round: int,
+        threads: int,
+        progress: Progress,
+    ) -> list[Samples]:
+        """Time the jobs in turn; see `targets.base.Device`."""
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="convnext-edge-")))
+            np.save(folder / "image.npy", image)
+            workers = [
+                stack.enter_context(Worker(folder / f"{index}.log")) for index in range(len(jobs))
+            ]
+            loaded: list[dict[str, Any]] = [
+                worker.call(
+                    f"{__name__}:load_job",
+                    name=job.runtime,
+                    path=str(job.path) if job.path else None,
+                    image=str(folder / "image.npy"),
+                    threads=threads,
+                ).value
+                for worker, job in zip(workers, jobs, strict=True)
+            ]
+            wall: list[list[float]] = [[] for _ in jobs]
+            cpu: list[list[float]] = [[] for _ in jobs]
+            peak = [0 for _ in jobs]
+            for turn in range(rounds * len(jobs)):
+                index = turn % len(jobs)
+                reply = workers[index].call(f"{__name__}:time_job", inferences=per_round)
+                wall[index] += reply.value["wall_ms"]
+                cpu[index] += reply.value["cpu_ms"]
+                peak[index] = reply.peak_memory_bytes
+                progress(turn + 1, rounds * len(jobs))
+        return [
+            Samples(
+                label=job.label,
+                wall_ms=tuple(wall[i]),
+                cpu_ms=tuple(cpu[i]),
+                load_ms=loaded[i]["load_ms"],
+                first_ms=loaded[i]["first_ms"],
+                peak_memory_bytes=peak[i],
+                versions=loaded[i]["versions"],
+            )
+            for i, job in enumerate(jobs)
+        ]
+
+
+_job: list[tuple[Session, Image]] = []
+"""The one job of this worker process."""
+
+
+def load_job(
+    name: str, path: str | None, image: str, threads: int, progress: Progress
+) -> dict[str, Any]:
+    """Load an artifact in a worker and run it for the first time, then warm it up.
+
+    Args:
+        name: The runtime.
+        path: The artifact; None loads the null session, which does nothing.
+        image: An .npy file with one input.
+        threads: For the runtime.
+        progress: Called once.
+
+    Returns:
+        `load_ms`, `first_ms` and the `versions` of the runtime's distributions.
+    """
+    pixels = np.load(image)
+    started = time.perf_counter()
+    session = _null_session if path is None else runtime(name).load(Path(path), threads)
+    load_ms = 1000 * (time.perf_counter() - started)
+    started = time.perf_counter()
+    session(pixels)
+    first_ms = 1000 * (time.perf_counter() - started)
+    for _ in range(WARM_UP):
+        session(pixels)
+    _job[:] = [(session, pixels)]
+    progress(1, 1)
+    wanted = () if path is None else runtime(name).capabilities.distributions
+    versions = {k: v for k, v in library_versions(wanted).items() if v is not None}
+    return {"load_ms": load_ms, "first_ms": first_ms, "versions": versions}
+
+
+def time_job(inferences: int, progress: Progress) -> dict[str, list[float]]:
+    """Run the loaded job and take the time of every inference.
+
+    Args:
+        inferences: How many.
+        progress: Called once.
+
+    Returns:
+        `wall_ms` and `cpu_ms` (all threads of the process), one value per inference.
+    """
+    session, pixels = _job[0]
+    wall, cpu = [], []
+    for _ in range(inferences):
+        wall_before, cpu_before = time.perf_counter_ns(), time.process_time_ns()
+        session(pixels)
+        cpu.append((time.process_time_ns() - cpu_before) / 1e6)
+        wall.append((time.perf_counter_ns() - wall_before) / 1e6)
+    progress(1, 1)
+    return {"wall_ms": wall, "cpu_ms": cpu}
+
+
+def _null_session(image: Image) -> Logits:
+    return image[:, 0, 0, :1]
+
+
+def available_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """Return the processor's name as the system gives it."""
+    if sys.platform == "darwin":
+        return _sysctl("machdep.cpu.brand_string")
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine()
+
+
+def isa_flags() -> tuple[str, ...]:
+    """Return the flags that decide which integer kernels a runtime may use."""
+    if sys.platform == "darwin":
+        features = _sysctl("machdep.cpu.leaf7_features").lower()
+        found = {"neon", "asimddp"} if platform.machine() == "arm64" else set(features.split())
+        return tuple(flag for flag in ISA_FLAGS if flag in found)
+    info = _cpuinfo()
+    words = set(f"{info.get('flags', '')} {info.get('Features', '')}".split())
+    return tuple(flag for flag in ISA_FLAGS if flag in words)
+
+
+def host_isa() -> Isa:
+    """Return this machine's ISA; an x86 that does not say so is taken to lack VNNI."""
+    if platform.machine().lower() in {"arm64", "aarch64"}:
+        return "arm"
+    return "vnni" if VNNI_FLAGS & set(isa_flags()) else "avx2"
+
+
+def _cpuinfo() -> dict[str, str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _sysctl(name: str) -> str:
+    answer = subprocess.run(["sysctl", "-n", name], capture_output=True, text=True, check=False)
+    return answer.stdout.strip()
+
+
+DEVICE = Local()

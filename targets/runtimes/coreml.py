@@ -1,0 +1,232 @@
+"""CoreML mlprogram, built op by op with MIL's builder.
+
+In: a `Graph`. Out: an .mlpackage folder for iOS 17 / macOS 14 and later, NCHW, float32 between the
+quantize/dequantize pairs, so that scales stay the contract's own (float16 would round the small
+ones of a folded LayerScale to zero). Pointwise layers are 1x1 convolutions, weights int8 constants
+behind constexpr_affine_dequantize. coremltools converts anywhere and predicts on macOS only.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.errors import ArtifactError
+from pipeline.records import Proof
+from targets import graph as g
+from targets.base import (
+    INPUT_NAME,
+    METADATA_KEY,
+    OUTPUT_NAME,
+    Capabilities,
+    NotRun,
+    require_installed,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from targets.base import Image, Logits, Session
+
+WEIGHTED_OPS = ("conv", "linear")
+WEIGHT_CONSTANT = "constexpr_affine_dequantize"
+QUANTIZE_OPS = ("quantize", "dequantize")
+MAX_DYNAMIC_BATCH = 64
+
+
+class CoreMl:
+    """The runtime `coreml`."""
+
+    name = "coreml"
+    capabilities = Capabilities(
+        suffix=".mlpackage",
+        layout="NCHW",
+        extra="coreml",
+        distributions=("coremltools",),
+        graph_forms=("1x1 convolution",),
+        gelu="erf",
+        default_isa="arm",
+    )
+
+    def export(self, graph: g.Graph, path: Path, metadata: str) -> None:
+        """Write the .mlpackage; see `targets.base.Runtime`."""
+        import coremltools as ct
+
+        model = ct.convert(
+            _Emitter(graph).program(),
+            convert_to="mlprogram",
+            minimum_deployment_target=ct.target.iOS17,
+            compute_precision=ct.precision.FLOAT32,
+            skip_model_load=True,
+        )
+        model.user_defined_metadata[METADATA_KEY] = metadata
+        model.save(str(path))
+
+    def prove(self, path: Path, graph: g.Graph) -> Proof:
+        """Count, in the saved program, layers with an int8 constant and a dequantized input."""
+        operations = _operations(path)
+        counts = Counter(op.type for op in operations)
+        made_by = {output.name: op.type for op in operations for output in op.outputs}
+
+        def source(op: Any, argument: str) -> str | None:
+            return made_by.get(op.inputs[argument].arguments[0].name)
+
+        integer = sum(
+            source(op, "weight") == WEIGHT_CONSTANT and source(op, "x") == "dequantize"
+            for op in operations
+            if op.type in WEIGHTED_OPS
+        )
+        return Proof(
+            method="int8 constants and quantize ops of the saved program; what the Neural Engine"
+            " makes of them shows on a Mac only",
+            integer_layers=integer,
+            expected_integer_layers=graph.integer_layers,
+            weighted_layers=len(graph.weighted),
+            transposes_per_block=counts["transpose"] / graph.blocks,
+            quantize_ops_per_block=sum(counts[name] for name in QUANTIZE_OPS) / graph.blocks,
+            op_counts={name: n for name, n in sorted(counts.items()) if name != "const"},
+        )
+
+    def read_metadata(self, path: Path) -> str:
+        """Return this project's user-defined metadata."""
+        return str(_spec(path).description.metadata.userDefined.get(METADATA_KEY, ""))
+
+    def can_run(self) -> NotRun | None:
+        """Return None on macOS."""
+        require_installed(self)
+        if platform.system() == "Darwin":
+            return None
+        return NotRun(
+            reason=f"CoreML predicts on macOS only, this is {platform.system()}; "
+            "the artifact's structure was checked"
+        )
+
+    def load(self, path: Path, threads: int) -> Session:
+        """Return a session through MLModel.predict; CoreML chooses its own threads."""
+        import coremltools as ct
+
+        model = ct.models.MLModel(str(path))
+
+        def run(image: Image) -> Logits:
+            logits: Logits = model.predict({INPUT_NAME: image})[OUTPUT_NAME]
+            return logits
+
+        return run
+
+
+def _spec(path: Path) -> Any:
+    import coremltools as ct
+
+    try:
+        return ct.utils.load_spec(str(path))
+    except Exception as error:  # coremltools and protobuf raise what they please
+        raise ArtifactError(
+            f"{path} is not an .mlpackage ({type(error).__name__})",
+            allowed="an artifact that `convnext-edge export` wrote",
+            do="Export it again",
+        ) from error
+
+
+def _operations(path: Path) -> list[Any]:
+    blocks = _spec(path).mlProgram.functions["main"].block_specializations
+    return [op for block in blocks.values() for op in block.operations]
+
+
+class _Emitter:
+    """Walks the graph once inside MIL's builder."""
+
+    def __init__(self, graph: g.Graph) -> None:
+        from coremltools.converters.mil import Builder
+
+        self.mb = Builder
+        self.graph = graph
+        self.values: dict[str, Any] = {}
+
+    def program(self) -> Any:
+        import coremltools as ct
+        from coremltools.converters.mil.mil import get_new_symbol, types
+
+        first, last = self.graph.ops[0], self.graph.ops[-1]
+        batch = self.graph.export.batch
+        shape = (get_new_symbol("batch") if batch == "dynamic" else batch, *first.shape)
+        spec = self.mb.TensorSpec(shape=shape, dtype=types.fp32)
+
+        def main(image: Any) -> Any:
+            self.values[first.name] = image
+            for op in self.graph.ops[1:]:
+                self.values[op.name] = self._emit(op)
+            return self.mb.identity(x=self.values[last.name], name=OUTPUT_NAME)
+
+        build = self.mb.program(input_specs=[spec], opset_version=ct.target.iOS17)
+        return build(main)
+
+    def _emit(self, op: g.Op) -> Any:
+        mb, name = self.mb, op.name.replace(".", "_")
+        x = [self.values[source] for source in op.inputs]
+        match op:
+            case g.Conv():
+                return self._conv(op, x[0], op.weight.shape, op.stride, op.padding, op.groups)
+            case g.Linear(shape=(_, _, _)):
+                return self._conv(op, x[0], (*op.weight.shape, 1, 1), 1, 0, 1)
+            case g.Linear():
+                weight, bias = self._weights(op, op.weight.shape)
+                return mb.linear(x=x[0], weight=weight, bias=bias, name=name)
+            case g.Norm():
+                return mb.layer_norm(
+                    x=x[0],
+                    axes=[1],
+                    gamma=op.weight,
+                    beta=op.bias,
+                    epsilon=np.float32(op.eps),
+                    name=name,
+                )
+            case g.Gelu():
+                mode = "EXACT" if self.graph.export.gelu == "erf" else "TANH_APPROXIMATION"
+                return mb.gelu(x=x[0], mode=mode, name=name)
+            case g.Add():
+                return mb.add(x=x[0], y=x[1], name=name)
+            case g.Mean():
+                return mb.reduce_mean(x=x[0], axes=[2, 3], keep_dims=False, name=name)
+            case g.QuantizePair():
+                p = op.parameters
+                affine = {"scale": np.float32(p.scale), "zero_point": np.int8(p.zero_point)}
+                q = mb.quantize(input=x[0], output_dtype="int8", name=f"{name}_q", **affine)
+                return mb.dequantize(input=q, name=name, **affine)
+        msg = f"{type(op).__name__} has no CoreML form"
+        raise NotImplementedError(msg)
+
+    def _conv(
+        self, op: g.Weighted, x: Any, shape: g.Shape, stride: int, padding: int, groups: int
+    ) -> Any:
+        weight, bias = self._weights(op, shape)
+        return self.mb.conv(
+            x=x,
+            weight=weight,
+            bias=bias,
+            strides=[stride] * 2,
+            pad_type="custom",
+            pad=[padding] * 4,
+            groups=groups,
+            name=op.name.replace(".", "_"),
+        )
+
+    def _weights(self, op: g.Weighted, shape: g.Shape) -> tuple[Any, NDArray[np.float32]]:
+        weight, bias = op.values()
+        if op.integers is None:
+            return weight.reshape(shape), bias
+        constant = self.mb.constexpr_affine_dequantize(
+            quantized_data=op.integers.weight.reshape(shape),
+            zero_point=np.int8(0),
+            scale=op.integers.weight_scales,
+            axis=0,
+            name=f"{op.name.replace('.', '_')}_weight",
+        )
+        return constant, bias
+
+
+RUNTIME = CoreMl()

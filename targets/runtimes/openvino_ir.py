@@ -1,0 +1,210 @@
+"""OpenVINO IR, built op by op.
+
+In: a `Graph`. Out: model.xml with model.bin beside it, NCHW. Pointwise layers are 1x1 convolutions,
+into whose integer kernels OpenVINO fuses the erf form of GELU; LayerNorm is an MVN over the channel
+axis, so nothing is ever transposed. Activations are FakeQuantize with 256 levels, weights int8
+constants behind Convert and Multiply.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipeline.arithmetic import ACTIVATION_MAX, ACTIVATION_MIN, along_rows
+from pipeline.errors import ArtifactError
+from pipeline.records import Proof
+from targets import graph as g
+from targets.base import (
+    INPUT_NAME,
+    METADATA_KEY,
+    OUTPUT_NAME,
+    Capabilities,
+    NotRun,
+    require_installed,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from targets.base import Image, Logits, Session
+
+INTEGER_PRECISIONS = ("i8", "u8")
+WEIGHTED_TYPES = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
+LAYOUT_TYPES = ("Transpose",)
+LEVELS = ACTIVATION_MAX - ACTIVATION_MIN + 1
+PARITY = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+"""Without the hint OpenVINO may compute in bf16 where the CPU has it."""
+
+
+class OpenVino:
+    """The runtime `openvino`."""
+
+    name = "openvino"
+    capabilities = Capabilities(
+        suffix=".xml",
+        layout="NCHW",
+        extra="openvino",
+        distributions=("openvino",),
+        graph_forms=("1x1 convolution",),
+        gelu="erf",
+    )
+
+    def export(self, graph: g.Graph, path: Path, metadata: str) -> None:
+        """Write the .xml and its .bin; see `targets.base.Runtime`."""
+        import openvino
+
+        model = _Emitter(graph).model()
+        model.set_rt_info(metadata, [METADATA_KEY])
+        openvino.save_model(model, path, compress_to_fp16=False)
+
+    def prove(self, path: Path, graph: g.Graph) -> Proof:
+        """Count in the model that OpenVINO compiled for this CPU."""
+        counts: Counter[str] = Counter()
+        integer = 0
+        for node in _compile(path, threads=1).get_runtime_model().get_ordered_ops():
+            info = node.get_rt_info()
+            kind = info["layerType"].astype(str)
+            precision = info["runtimePrecision"].astype(str)
+            counts[kind] += 1
+            integer += kind in WEIGHTED_TYPES and precision in INTEGER_PRECISIONS
+        return Proof(
+            method="runtimePrecision of layers in the model that OpenVINO compiled for this CPU",
+            integer_layers=integer,
+            expected_integer_layers=graph.integer_layers,
+            weighted_layers=len(graph.weighted),
+            transposes_per_block=sum(counts[name] for name in LAYOUT_TYPES) / graph.blocks,
+            quantize_ops_per_block=counts["FakeQuantize"] / graph.blocks,
+            op_counts=dict(sorted(counts.items())),
+        )
+
+    def read_metadata(self, path: Path) -> str:
+        """Return this project's entry of the model's rt_info."""
+        model = _read(path)
+        if not model.has_rt_info([METADATA_KEY]):
+            return ""
+        return str(model.get_rt_info([METADATA_KEY]).astype(str))
+
+    def can_run(self) -> NotRun | None:
+        """OpenVINO runs wherever it is installed."""
+        require_installed(self)
+        return None
+
+    def load(self, path: Path, threads: int) -> Session:
+        """Return a session on the CPU plugin."""
+        request = _compile(path, threads=threads).create_infer_request()
+
+        def run(image: Image) -> Logits:
+            logits: Logits = request.infer({INPUT_NAME: image})[OUTPUT_NAME]
+            return logits
+
+        return run
+
+
+def _read(path: Path) -> Any:
+    import openvino
+
+    try:
+        return openvino.Core().read_model(path)
+    except RuntimeError as error:
+        raise ArtifactError(
+            f"{path} is not an OpenVINO model with its .bin beside it",
+            allowed="an artifact that `convnext-edge export` wrote, both files in one folder",
+            do="Export it again",
+        ) from error
+
+
+def _compile(path: Path, *, threads: int) -> Any:
+    import openvino
+
+    settings = {**PARITY, "INFERENCE_NUM_THREADS": threads}
+    return openvino.Core().compile_model(_read(path), "CPU", settings)
+
+
+class _Emitter:
+    """Walks the graph once."""
+
+    def __init__(self, graph: g.Graph) -> None:
+        from openvino import opset13
+
+        self.ov = opset13
+        self.graph = graph
+        self.values: dict[str, Any] = {}
+
+    def model(self) -> Any:
+        import openvino
+
+        for op in self.graph.ops:
+            node = self._emit(op)
+            node.set_friendly_name(op.name)
+            self.values[op.name] = node
+        image, logits = (self.values[self.graph.ops[i].name] for i in (0, -1))
+        image.output(0).set_names({INPUT_NAME})
+        logits.output(0).set_names({OUTPUT_NAME})
+        return openvino.Model([logits], [image], "convnext")
+
+    def _emit(self, op: g.Op) -> Any:
+        ov = self.ov
+        x = [self.values[name] for name in op.inputs]
+        match op:
+            case g.Input():
+                batch = -1 if self.graph.export.batch == "dynamic" else self.graph.export.batch
+                return ov.parameter([batch, *op.shape], np.float32, INPUT_NAME)
+            case g.Conv() if op.groups > 1:
+                shape = (op.groups, op.shape[0] // op.groups, *op.weight.shape[1:])
+                return self._conv(ov.group_convolution, op, x[0], shape, op.stride, op.padding)
+            case g.Conv():
+                return self._conv(ov.convolution, op, x[0], op.weight.shape, op.stride, op.padding)
+            case g.Linear(shape=(_, _, _)):
+                return self._conv(ov.convolution, op, x[0], (*op.weight.shape, 1, 1), 1, 0)
+            case g.Linear():
+                product = ov.matmul(x[0], self._weight(op, op.weight.shape), False, True)
+                return ov.add(product, op.values()[1])
+            case g.Norm():
+                return self._norm(op, x[0])
+            case g.Gelu():
+                return ov.gelu(x[0], self.graph.export.gelu)
+            case g.Add():
+                return ov.add(x[0], x[1])
+            case g.Mean():
+                return ov.reduce_mean(x[0], np.array([2, 3]), keep_dims=False)
+            case g.QuantizePair():
+                p = op.parameters
+                low, high = (
+                    np.float32((limit - p.zero_point) * p.scale)
+                    for limit in (ACTIVATION_MIN, ACTIVATION_MAX)
+                )
+                return ov.fake_quantize(x[0], low, high, low, high, LEVELS)
+        msg = f"{type(op).__name__} has no OpenVINO form"
+        raise NotImplementedError(msg)
+
+    def _norm(self, op: g.Norm, x: Any) -> Any:
+        ov = self.ov
+        y = ov.mvn(x, np.array([1]), True, op.eps, "inside_sqrt")
+        if op.weight is None or op.bias is None:
+            return y
+        return ov.add(ov.multiply(y, _per_channel(op.weight)), _per_channel(op.bias))
+
+    def _conv(
+        self, kind: Any, op: g.Weighted, x: Any, shape: g.Shape, stride: int, padding: int
+    ) -> Any:
+        pads = [padding] * 2
+        y = kind(x, self._weight(op, shape), [stride] * 2, pads, pads, [1, 1])
+        return self.ov.add(y, _per_channel(op.values()[1]))
+
+    def _weight(self, op: g.Weighted, shape: g.Shape) -> Any:
+        ov = self.ov
+        if op.integers is None:
+            return ov.constant(op.weight.reshape(shape))
+        integers = ov.convert(ov.constant(op.integers.weight.reshape(shape)), np.float32)
+        scales = along_rows(op.integers.weight_scales, len(shape))
+        return ov.multiply(integers, ov.constant(scales))
+
+
+def _per_channel(values: Any) -> Any:
+    return values.reshape(-1, 1, 1)
+
+
+RUNTIME = OpenVino()

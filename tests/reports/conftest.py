@@ -1,0 +1,162 @@
+"""Two reports built in code: one in which nearly everything was measured, and one that is poor."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from pipeline.records import Accuracy, Agreement, Latency, Profile, Proof, Scheme
+from reports.document import (
+    ArtifactRow,
+    Check,
+    Data,
+    DataSource,
+    FloatResult,
+    Gate,
+    Host,
+    Model,
+    Report,
+)
+
+DEVICES = ("local", "edge box <arm64> | rack/3")
+NO_APPLE = "coremltools runs models on macOS only; this host is Linux & has no <Core ML>"
+CRASHED = "the worker died: 'Illegal instruction' | signal 4"
+SUSPICIOUS = "artifacts/<script>alert('x')</script>/tflite.tflite"
+
+# Runtime to its profile, float and quantized wall p50, sizes in bytes, drop in pp.
+_RUNTIMES: dict[str, tuple[Profile, float, float, int, int, float]] = {
+    "onnx": ("avx2", 61.3, 33.8, 114_400_000, 29_100_000, 0.12),
+    "openvino": ("avx2", 54.9, 21.7, 114_900_000, 29_600_000, 0.16),
+    "tflite": ("full", 148.2, 171.4, 114_300_000, 29_000_000, 0.24),
+    "coreml": ("full", 0.0, 0.0, 114_500_000, 29_200_000, 0.0),
+}
+
+
+def _accuracy(runtime: str, scheme: Scheme, drop: float) -> Accuracy:
+    if runtime == "coreml":
+        return Accuracy(outcome="not_run", reason=NO_APPLE)
+    if scheme == "float":
+        return Accuracy(
+            outcome="measured", kind="host", n=10_000, top1=0.8212, drop_pp=0.0,
+            drop_ci95_pp=(-0.04, 0.04), agreement_with_float=1.0, lost=0, gained=0,
+        )  # fmt: skip
+    return Accuracy(
+        outcome="measured", kind="host", n=10_000, top1=0.8212 - drop / 100, drop_pp=drop,
+        drop_ci95_pp=(drop - 0.21, drop + 0.23), agreement_with_float=0.9731, sqnr_db=24.6,
+        lost=121, gained=109,
+    )  # fmt: skip
+
+
+def _latency(runtime: str, scheme: Scheme, device: str, times: tuple[float, float]) -> Latency:
+    if runtime == "coreml":
+        return Latency(device=device, outcome="not_run", reason=NO_APPLE)
+    if runtime == "tflite" and device != "local" and scheme == "w8a8":
+        return Latency(device=device, outcome="failed", reason=CRASHED)
+    slower = 1.0 if device == "local" else 3.7
+    base, own = (slower * value for value in times)
+    wall = base if scheme == "float" else own
+    # One row waited for a processor: its wall time lies far above its CPU time.
+    cpu = wall / (1.5 if runtime == "openvino" and scheme == "w8a8" else 1.02)
+    quantized = scheme != "float"
+    return Latency(
+        device=device, outcome="measured", kind="host" if device == "local" else "emulated",
+        threads=1, n=50 if runtime == "tflite" else 200, wall_p50_ms=wall,
+        wall_p90_ms=None if runtime == "tflite" else wall * 1.08, cpu_p50_ms=cpu,
+        float_wall_p50_ms=base if quantized else None,
+        float_cpu_p50_ms=base / 1.02 if quantized else None,
+        speedup=base / own if quantized else None,
+        samples_file=f"samples/{device[:4]}-{runtime}-{scheme}.json", load_ms=212.0, first_ms=88.4,
+        peak_memory_bytes=412_000_000, harness_wall_p50_ms=0.0021, harness_cpu_p50_ms=0.0020,
+        versions={runtime: "1.2.3"},
+    )  # fmt: skip
+
+
+def _row(runtime: str, scheme: Scheme) -> ArtifactRow:
+    profile, slow, fast, large, small, drop = _RUNTIMES[runtime]
+    quantized = scheme != "float"
+    path = f"artifacts/{runtime}-{scheme}"
+    return ArtifactRow(
+        runtime=runtime, scheme=scheme, placement="all" if quantized else "none",
+        graph_form="channels-last", path=SUSPICIOUS if runtime == "tflite" and quantized else path,
+        sha256=f"{runtime}{scheme}".encode().hex().ljust(64, "0"),
+        size_bytes=small if quantized else large,
+        accuracy=_accuracy(runtime, scheme, drop),
+        latency=tuple(_latency(runtime, scheme, device, (slow, fast)) for device in DEVICES),
+        profile=profile if quantized else None, gelu="tanh" if quantized else "erf",
+        proof=None if runtime == "coreml" else Proof(
+            method="the runtime's own profile of one inference",
+            integer_layers=(58 if runtime == "onnx" else 59) * quantized,
+            expected_integer_layers=59 * quantized, weighted_layers=59,
+            transposes_per_block=0.0, quantize_ops_per_block=2.25 * quantized,
+            op_counts={"Conv": 23, "MatMul": 36},
+        ),
+    )  # fmt: skip
+
+
+def _agreement(scheme: Scheme) -> tuple[Agreement, ...]:
+    known = {runtime: values[0] for runtime, values in _RUNTIMES.items() if runtime != "coreml"}
+    quantized = scheme != "float"
+    return tuple(
+        Agreement(
+            a=a, b=b, scheme=scheme, kind="host", n=10_000,
+            profile_a=known[a] if quantized else None, profile_b=known[b] if quantized else None,
+            top1_agreement=0.9874 if quantized and known[a] != known[b] else 0.9996,
+            max_abs_logit_diff=0.214 if quantized else 0.0000231,
+        )
+        for a, b in itertools.combinations(known, 2)
+    )  # fmt: skip
+
+
+@pytest.fixture
+def full_report() -> Report:
+    """Four runtimes, float and w8a8, two devices; coreml was not run, and one worker died."""
+    return Report(
+        host=Host(
+            cpu="Example CPU @ 2.40 GHz", isa=("avx2", "fma"), os="Linux 6.1", python="3.11.9",
+            packages={"onnxruntime": "1.20.0", "openvino": "2025.0.0", "torch": "2.6.0"},
+        ),
+        model=Model(
+            checkpoint_sha256="ab12" * 16, dialect="timm", variant="convnext_tiny",
+            params=28_589_128, macs=4_456_000_000, input_size=224, classes=1000,
+        ),
+        data=Data(
+            calibration=DataSource(source="photos/train", n=512, sha256="c1" * 32),
+            evaluation=DataSource(source="photos/val & more", n=10_000, sha256="e2" * 32),
+        ),
+        float_result=FloatResult(top1=0.8212, n=10_000),
+        artifacts=tuple(_row(r, s) for r in _RUNTIMES for s in ("float", "w8a8")),
+        agreement=(*_agreement("float"), *_agreement("w8a8")),
+        gate=Gate(
+            outcome="inconclusive",
+            checks=(
+                Check(name="drop: onnx", outcome="pass", value=0.35, limit=0.5,
+                      why="the interval's upper end lies below the limit"),
+                Check(name="drop: tflite", outcome="inconclusive", value=0.47, limit=0.4,
+                      why="the interval holds the limit; about 14 000 images would decide"),
+                Check(name="speed-up: coreml", outcome="not_run", value=None, limit=1.5,
+                      why=NO_APPLE),
+            ),
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def poor_report(full_report: Report) -> Report:
+    """Two runtimes exported, nothing evaluated, nothing timed, no budget."""
+    accuracy = Accuracy(outcome="not_run", reason="no labelled images: pass --eval <folder>")
+    latency = Latency(device="local", outcome="not_run", reason="--no-bench was given")
+    rows = tuple(
+        row.model_copy(update={"accuracy": accuracy, "latency": (latency,), "proof": None})
+        for row in full_report.artifacts
+        if row.runtime in {"onnx", "openvino"}
+    )
+    return full_report.model_copy(
+        update={
+            "data": Data(calibration=full_report.data.calibration, evaluation=None),
+            "float_result": FloatResult(top1=None, n=None),
+            "artifacts": rows,
+            "agreement": (),
+            "gate": Gate(outcome="not_run", checks=()),
+        }
+    )
