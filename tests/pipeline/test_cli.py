@@ -1,0 +1,443 @@
+"""What a user can do wrong: one line, the right exit code, and nothing half-made."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import checkpoint
+from pipeline.convnext import seeded
+from pipeline.records import Architecture
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+CLI = (sys.executable, "-P", "-m", "pipeline.cli")
+ERROR_LINE = re.compile(r"error: (?P<got>.+?)\. Allowed: (?P<allowed>.+?)\. (?P<do>[A-Z].+)\.")
+TINY = Architecture(depths=(1, 1, 1, 1), dims=(4, 4, 8, 8), classes=2)
+INTERRUPTED = 130
+UNREADABLE_SITE = """
+import importlib.metadata as metadata
+
+_version = metadata.version
+
+
+def version(name):
+    if name == "onnxruntime":
+        raise metadata.PackageNotFoundError(name)
+    return _version(name)
+
+
+metadata.version = version
+"""
+
+
+class Place(NamedTuple):
+    """Where a case works: `tmp` is its own, `exported` the run folder that all share."""
+
+    tmp: Path
+    exported: Path
+
+    @property
+    def out(self) -> Path:
+        return self.tmp / "out"
+
+
+class Asked(NamedTuple):
+    """A command line, the environment it adds, and whether it starts from a loaded model."""
+
+    words: Sequence[str | Path]
+    environment: dict[str, str] = {}
+    loaded: bool = False
+
+
+class Case(NamedTuple):
+    """A mistake: how to make it, what its line must name, and its exit code."""
+
+    name: str
+    make: Callable[[Place], Asked]
+    names: tuple[str, ...]
+    code: int = 1
+
+
+def _run(
+    words: Sequence[str | Path], cwd: Path, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*CLI, *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of the embedded model with ONNX and TFLite artifacts."""
+    folder = tmp_path_factory.mktemp("exported")
+    words = ["export", "--out", "run", "--runtimes", "onnx,tflite", "--scheme", "float"]
+    _run([*words, "--calibration-images", "8", "--eval", "none"], folder)
+    assert (folder / "run" / "report.json").is_file()
+    return folder / "run"
+
+
+# --- bad files ----------------------------------------------------------------------------------
+
+
+def _image(path: Path, colour: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32), (colour, colour, colour)).save(path)
+
+
+def _bomb() -> bytes:
+    """A PNG of a few bytes that says it is 60000 pixels a side."""
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "PNG")
+    data = bytearray(buffer.getvalue())
+    data[16:24] = struct.pack(">II", 60000, 60000)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    return bytes(data)
+
+
+class _RunsCode:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def _state() -> dict[str, torch.Tensor]:
+    return seeded(TINY, 0).state_dict()
+
+
+def _from_checkpoint(place: Place, name: str, *, size: int = 32, data: str = "digits") -> Asked:
+    words = ["quantize", "--out", place.out, "--checkpoint", place.tmp / name]
+    return Asked([*words, "--data", data, "--input-size", str(size), "--eval", "none"])
+
+
+def _from_data(place: Place, *more: str | Path) -> Asked:
+    words = ["quantize", "--out", place.out, "--data", place.tmp / "data", *more]
+    return Asked(words, loaded=True)
+
+
+def _no_checkpoint(place: Place) -> Asked:
+    return _from_checkpoint(place, "absent.pth")
+
+
+def _folder_as_checkpoint(place: Place) -> Asked:
+    (place.tmp / "folder.pth").mkdir()
+    return _from_checkpoint(place, "folder.pth")
+
+
+def _truncated_pickle(place: Place) -> Asked:
+    path = place.tmp / "cut.pth"
+    torch.save(_state(), path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return _from_checkpoint(place, "cut.pth")
+
+
+def _truncated_safetensors(place: Place) -> Asked:
+    path = place.tmp / "cut.safetensors"
+    checkpoint.save(path, seeded(TINY, 0), labels=None)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return _from_checkpoint(place, "cut.safetensors")
+
+
+def _pickle_with_code(place: Place) -> Asked:
+    torch.save({"model": _RunsCode(place.tmp / "marker")}, place.tmp / "code.pth")
+    return _from_checkpoint(place, "code.pth")
+
+
+def _plain_pickle_with_code(place: Place) -> Asked:
+    (place.tmp / "plain.pth").write_bytes(pickle.dumps(_RunsCode(place.tmp / "marker")))
+    return _from_checkpoint(place, "plain.pth")
+
+
+def _not_a_convnext(place: Place) -> Asked:
+    torch.save({"layer1.0.conv1.weight": torch.zeros(4, 3, 3, 3)}, place.tmp / "resnet.pth")
+    return _from_checkpoint(place, "resnet.pth")
+
+
+def _nan_weights(place: Place) -> Asked:
+    state = _state()
+    next(iter(state.values())).view(-1)[0] = float("nan")
+    torch.save(state, place.tmp / "nan.pth")
+    return _from_checkpoint(place, "nan.pth")
+
+
+def _odd_input_size(place: Place) -> Asked:
+    checkpoint.save(place.tmp / "tiny.safetensors", seeded(TINY, 0), labels=None)
+    return _from_checkpoint(place, "tiny.safetensors", size=50)
+
+
+def _no_data(place: Place) -> Asked:
+    checkpoint.save(place.tmp / "tiny.safetensors", seeded(TINY, 0), labels=None)
+    words = ["quantize", "--out", place.out, "--checkpoint", place.tmp / "tiny.safetensors"]
+    return Asked([*words, "--input-size", "32"])
+
+
+def _empty_data(place: Place) -> Asked:
+    (place.tmp / "data").mkdir()
+    return _from_data(place)
+
+
+def _absent_data(place: Place) -> Asked:
+    return _from_data(place)
+
+
+def _damaged_zip(place: Place) -> Asked:
+    path = place.tmp / "data"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("a.bmp", bytes(10_000))
+    data = path.read_bytes()
+    path.write_bytes(data[:36] + b"\xff" * 4 + data[40:])
+    return _from_data(place, "--eval", "none")
+
+
+def _headless_zip(place: Place) -> Asked:
+    path = place.tmp / "data"
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a.png", bytes(1000))
+    data = path.read_bytes()
+    path.write_bytes(data[1000:])
+    return _from_data(place, "--eval", "none")
+
+
+def _text_as_image(place: Place) -> Asked:
+    (place.tmp / "data").mkdir()
+    (place.tmp / "data" / "notes.jpg").write_text("not an image\n")
+    return _from_data(place, "--eval", "none")
+
+
+def _bomb_as_image(place: Place) -> Asked:
+    (place.tmp / "data").mkdir()
+    (place.tmp / "data" / "bomb.png").write_bytes(_bomb())
+    return _from_data(place, "--eval", "none")
+
+
+def _mixed_data(place: Place) -> Asked:
+    _image(place.tmp / "data" / "0" / "a.png", 10)
+    _image(place.tmp / "data" / "b.png", 20)
+    return _from_data(place)
+
+
+def _more_classes_than_model(place: Place) -> Asked:
+    for index in range(11):
+        _image(place.tmp / "data" / f"class{index}" / "a.png", 10 * index)
+    words = ["quantize", "--out", place.out, "--eval", place.tmp / "data"]
+    return Asked(words, loaded=True)
+
+
+# --- bad words ----------------------------------------------------------------------------------
+
+
+def _unknown_runtime(place: Place) -> Asked:
+    return Asked(["run", "--out", place.out, "--runtimes", "onnx,tensorrt"])
+
+
+def _unknown_scheme(place: Place) -> Asked:
+    return Asked(["run", "--out", place.out, "--scheme", "w4a4"])
+
+
+def _bad_mean(place: Place) -> Asked:
+    return Asked(["run", "--out", place.out, "--mean", "grey"])
+
+
+def _unwritable_out(place: Place) -> Asked:
+    (place.tmp / "file").write_text("")
+    return Asked(["quantize", "--out", place.tmp / "file" / "out"])
+
+
+def _runtime_not_installed(place: Place) -> Asked:
+    site = place.tmp / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(UNREADABLE_SITE)
+    words = ["run", "--out", place.out, "--runtimes", "onnx"]
+    return Asked(words, environment={"PYTHONPATH": str(site)})
+
+
+def _recipe(place: Place, text: str) -> Asked:
+    (place.tmp / "recipe.toml").write_text(text)
+    return Asked(["run", "--out", place.out, "--recipe", place.tmp / "recipe.toml"])
+
+
+def _malformed_recipe(place: Place) -> Asked:
+    return _recipe(place, 'data = "digits\n')
+
+
+def _binary_recipe(place: Place) -> Asked:
+    (place.tmp / "recipe.toml").write_bytes(b"\xff\xfe\x00")
+    return Asked(["run", "--out", place.out, "--recipe", place.tmp / "recipe.toml"])
+
+
+def _unknown_recipe_key(place: Place) -> Asked:
+    return _recipe(place, "colour = 3\n")
+
+
+def _gate_on_no_run(place: Place) -> Asked:
+    return Asked(["gate", place.tmp])
+
+
+def _report_on_no_run(place: Place) -> Asked:
+    return Asked(["report", place.tmp])
+
+
+# --- bad artifacts ------------------------------------------------------------------------------
+
+
+def _predict_truncated(place: Place, suffix: str) -> Asked:
+    whole = next(place.exported.glob(f"artifacts/*-float/model{suffix}"))
+    cut = place.tmp / f"cut{suffix}"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    _image(place.tmp / "a.png", 100)
+    return Asked(["predict", cut, place.tmp / "a.png"])
+
+
+def _predict_truncated_onnx(place: Place) -> Asked:
+    return _predict_truncated(place, ".onnx")
+
+
+def _predict_truncated_tflite(place: Place) -> Asked:
+    return _predict_truncated(place, ".tflite")
+
+
+def _predict_no_image(place: Place) -> Asked:
+    (place.tmp / "notes.txt").write_text("not an image\n")
+    artifact = place.exported / "artifacts" / "onnx-float" / "model.onnx"
+    return Asked(["predict", artifact, place.tmp / "notes.txt"])
+
+
+CASES = (
+    Case("no checkpoint", _no_checkpoint, ("no such checkpoint", "absent.pth", ".safetensors")),
+    Case("folder as checkpoint", _folder_as_checkpoint, ("folder.pth is a folder",)),
+    Case("truncated pickle", _truncated_pickle, ("cut.pth", "truncated or damaged")),
+    Case("truncated safetensors", _truncated_safetensors, ("cut.safetensors", "truncated")),
+    Case("pickle with code", _pickle_with_code, ("code.pth", "run code", "refused")),
+    Case("plain pickle with code", _plain_pickle_with_code, ("plain.pth", "run code", "refused")),
+    Case("not a ConvNeXt", _not_a_convnext, ("layer1.0.conv1.weight", "names like", "stages.")),
+    Case("NaN weights", _nan_weights, ("nan.pth", "stem", "NaN", "finite weights")),
+    Case("odd input size", _odd_input_size, ("input size 50", "multiples of 32", "32 or 64")),
+    Case("no data", _no_data, ("checkpoint without data", "--data"), code=2),
+    Case("empty data", _empty_data, ("holds no images", ".jpg")),
+    Case("absent data", _absent_data, ("no such folder or file", "a folder of images")),
+    Case("damaged zip", _damaged_zip, ("a.bmp", "cannot be read", "readable")),
+    Case("headless zip", _headless_zip, ("data", "zip")),
+    Case("text as image", _text_as_image, ("notes.jpg", "not a readable image", "JPEG")),
+    Case("decompression bomb", _bomb_as_image, ("bomb.png", "pixels", "at most")),
+    Case("mixed data", _mixed_data, ("is mixed", "one folder per class")),
+    Case(
+        "more classes than the model",
+        _more_classes_than_model,
+        ("has 11 classes, the model 10", "exactly the model's classes"),
+    ),
+    Case("unknown runtime", _unknown_runtime, ("tensorrt", "onnx", "tflite"), code=2),
+    Case("unknown scheme", _unknown_scheme, ("w4a4", "float", "w8a8"), code=2),
+    Case("mean of words", _bad_mean, ("--mean", "grey", "three numbers"), code=2),
+    Case("unwritable out", _unwritable_out, ("cannot write", "file/out", "--out")),
+    Case("runtime not installed", _runtime_not_installed, ("onnxruntime missing", "[onnx]")),
+    Case("malformed recipe", _malformed_recipe, ("recipe.toml", "TOML"), code=2),
+    Case("binary recipe", _binary_recipe, ("recipe.toml", "TOML"), code=2),
+    Case("unknown recipe key", _unknown_recipe_key, ("colour", "checkpoint, data"), code=2),
+    Case("gate on no run", _gate_on_no_run, ("is not a run folder", "convnext-edge run")),
+    Case("report on no run", _report_on_no_run, ("report.json",)),
+    Case("truncated .onnx", _predict_truncated_onnx, ("cut.onnx", "convnext-edge")),
+    Case("truncated .tflite", _predict_truncated_tflite, ("cut.tflite", "convnext-edge")),
+    Case("predict on no image", _predict_no_image, ("notes.txt", "not a readable image")),
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_says_a_mistake_in_one_line(case: Case, tmp_path: Path, exported: Path) -> None:
+    place = Place(tmp_path, exported)
+    asked = case.make(place)
+    if asked.loaded:
+        for folder in exported.glob("stages/checkpoint-*"):
+            shutil.copytree(folder, place.out / "stages" / folder.name)
+    done = _run(asked.words, tmp_path, asked.environment)
+
+    assert done.returncode == case.code, done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, done.stderr
+    assert ERROR_LINE.fullmatch(lines[0]), lines[0]
+    for word in case.names:
+        assert word in lines[0]
+    assert not list(tmp_path.rglob(".partial-*"))
+    assert not (place.out / "artifacts").exists()
+    assert not (tmp_path / "marker").exists(), "the pickle's code ran"
+
+
+# --- Ctrl-C -------------------------------------------------------------------------------------
+
+
+def _wait_until(true: Callable[[], object], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not true():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def _workers(out: Path) -> list[str]:
+    """The processes whose standard error is a log of this run folder."""
+    logs = str((out / "logs").resolve())
+    found = []
+    for process in Path("/proc").iterdir():
+        try:
+            if os.readlink(process / "fd" / "2").startswith(logs):
+                found.append(process.name)
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks for workers in /proc")
+def test_ctrl_c_ends_everything_and_the_same_command_resumes(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [*CLI, "run", "--out", str(out), "--no-bench"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert _wait_until(lambda: list(out.glob("stages/checkpoint-*")), 60)
+        assert _wait_until(lambda: _workers(out), 60), "the next worker has not started"
+        process.send_signal(signal.SIGINT)
+        stdout, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+
+    assert process.returncode == INTERRUPTED, stderr
+    assert "Traceback" not in stdout + stderr
+    assert "interrupted" in stderr
+    assert _wait_until(lambda: not list(out.rglob(".partial-*")), 5)
+    assert _wait_until(lambda: not _workers(out), 5)
+
+    again = _run(["quantize", "--out", out], tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "2 stages made, 1 reused" in again.stdout
+    assert (out / "model" / "params.json").is_file()
