@@ -10,6 +10,7 @@ import functools
 import io
 import random
 import zipfile
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -34,6 +35,8 @@ SPLITS: Mapping[Purpose, tuple[str, ...]] = {
     "evaluation": ("val", "validation", "test"),
 }
 MAX_FILE_BYTES = 128 * 2**20
+# RuntimeError covers an encrypted file and NotImplementedError; the rest is what damage leads to.
+ZIP_ERRORS = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
 DIGITS_EVALUATION = 540
 DIGITS_SEED = 20
 
@@ -249,7 +252,10 @@ class _Folder:
 class _Zip:
     def __init__(self, path: Path) -> None:
         self.label = str(path)
-        self.file = zipfile.ZipFile(path)
+        try:
+            self.file = zipfile.ZipFile(path)
+        except ZIP_ERRORS as error:
+            raise _unreadable(self.label, error) from error
 
     def names(self) -> list[str]:
         return sorted(i.filename for i in self.file.infolist() if not i.is_dir())
@@ -260,7 +266,7 @@ class _Zip:
             raise _too_large(name, info.file_size)
         try:
             return self.file.read(info)
-        except (OSError, zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
+        except ZIP_ERRORS as error:
             raise _unreadable(f"{self.label}:{name}", error) from error
 
 

@@ -7,7 +7,9 @@ what every artifact takes; mean and std are folded into the stem.
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +30,18 @@ if TYPE_CHECKING:
 
 MAX_PIXELS = 64 * 2**20
 """Above this an image is refused before it is decoded (a decompression bomb)."""
+# What Pillow's decoders and its EXIF reader raise on damage.
+UNREADABLE = (
+    UnidentifiedImageError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    LookupError,
+    TypeError,
+    struct.error,
+    zlib.error,
+)
 
 
 def decode(data: bytes, name: str) -> NDArray[np.uint8]:
@@ -53,7 +67,7 @@ def decode(data: bytes, name: str) -> NDArray[np.uint8]:
                 return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
     except Image.DecompressionBombError as error:
         raise _bomb(name, str(error)) from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except UNREADABLE as error:
         raise DataError(
             f"{name} is not a readable image ({type(error).__name__})",
             allowed="whole JPEG, PNG, BMP, GIF, WebP, TIFF or PNM files",

@@ -89,9 +89,7 @@ def load(path: Path, *, labels: tuple[str, ...] | None = None) -> LoadedCheckpoi
     tensors = {dialect.canonical(name): tensor for name, tensor in raw.items()}
     dtypes = tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in raw.values()}))
     tensors = {name: _as_float32(name, tensor, path) for name, tensor in tensors.items()}
-    architecture = _stated_architecture(metadata, path) or infer_architecture(
-        tensors, norm_eps=dialect.NORM_EPS, path=path
-    )
+    architecture = _architecture(tensors, metadata, dialect, path)
     _check_against_network(tensors, architecture, path)
     labels = labels or _stated_labels(metadata)
     if labels is not None and len(labels) != architecture.classes:
@@ -170,6 +168,12 @@ def check_input(architecture: Architecture, input_size: int) -> None:
             f"the network takes {architecture.in_channels} channels",
             allowed=f"{RGB}, for RGB images",
             do="Give a checkpoint trained on RGB images",
+        )
+    if not isinstance(input_size, int) or input_size < 1:  # a sidecar can state anything
+        raise CheckpointError(
+            f"input size {input_size!r} is not a number of pixels",
+            allowed=f"multiples of {architecture.stride}",
+            do="Correct input_size in the sidecar .json or give --input-size",
         )
     if input_size % architecture.stride:
         below = input_size // architecture.stride * architecture.stride
@@ -283,6 +287,12 @@ def _as_float32(name: str, tensor: Tensor, path: Path) -> Tensor:
             allowed="floating-point weights",
             do="Give the float checkpoint, not a quantized one",
         )
+    if tensor.is_meta or tensor.layout != torch.strided:
+        raise CheckpointError(
+            f"{path}: {name} is a {'meta' if tensor.is_meta else tensor.layout} tensor",
+            allowed="dense tensors with values",
+            do="Save it again with the weights loaded and dense",
+        )
     value = tensor.detach().to(torch.float32).contiguous()
     if not bool(torch.isfinite(value).all()):
         bad = int((~torch.isfinite(value)).sum())
@@ -292,6 +302,22 @@ def _as_float32(name: str, tensor: Tensor, path: Path) -> Tensor:
             do="Go back to a checkpoint from before the training diverged",
         )
     return value
+
+
+def _architecture(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dialect: Dialect, path: Path
+) -> Architecture:
+    stated = _stated_architecture(metadata, path)
+    norm_eps = stated.norm_eps if stated else dialect.NORM_EPS
+    inferred = infer_architecture(tensors, norm_eps=norm_eps, path=path)
+    # Before a network of the stated size is built: a damaged or hostile file can state any.
+    if stated is not None and stated != inferred:
+        raise CheckpointError(
+            f"{path} states {stated}, but its tensors are of {inferred}",
+            allowed="metadata that agrees with the tensors",
+            do="Save the checkpoint again",
+        )
+    return inferred
 
 
 def _stated_architecture(metadata: Mapping[str, str], path: Path) -> Architecture | None:

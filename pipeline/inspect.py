@@ -38,7 +38,8 @@ def describe(path: Path, input_size: int | None) -> dict[str, Any]:
     sidecar = read_sidecar(path)
     loaded = checkpoint.load(path, labels=sidecar.labels)
     record, net = loaded.record, loaded.record.architecture
-    size = input_size or sidecar.preprocessing.get("input_size", DEFAULT_INPUT_SIZE)
+    stated = sidecar.preprocessing.get("input_size", DEFAULT_INPUT_SIZE)
+    size = stated if input_size is None else input_size
     checkpoint.check_input(net, size)
     return {
         "path": record.path,

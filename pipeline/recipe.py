@@ -123,7 +123,9 @@ def load_recipe(path: Path | None, overrides: Mapping[str, Any]) -> Recipe:
     given = {name: value for name, value in overrides.items() if value is not None}
     flags = {k: v for k, v in given.pop("preprocessing", {}).items() if v is not None}
     merged = {**stated, **given}
-    merged["preprocessing"] = {**stated.get("preprocessing", {}), **flags}
+    table = stated.get("preprocessing", {})
+    # What is not a table is for the validation to complain about.
+    merged["preprocessing"] = {**table, **flags} if isinstance(table, dict) else table
     return _validated(Recipe, merged, f"the recipe {path}" if path else "the options", given)
 
 
@@ -156,11 +158,12 @@ def _validated(
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
-        what = "the options" if first["loc"][0] in flags else what
+        place = [str(part) for part in first["loc"]] or ["the table"]
+        name = ".".join(place)
+        what = "the options" if place[0] in flags else what
         raise UsageError(
             f"{what}: {name} is {first['input']!r} ({first['msg']})",
-            allowed=_allowed(kind, str(first["loc"][0]), first),
+            allowed=_allowed(kind, place[0], first),
             do=f"Correct {name}",
         ) from error
 
@@ -169,4 +172,5 @@ def _allowed(kind: type[_Strict], name: str, error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
         return ", ".join(kind.model_fields)
     expected = error.get("ctx", {}).get("expected")
-    return str(expected or kind.model_fields[name].description or error["msg"])
+    field = kind.model_fields.get(name)
+    return str(expected or (field and field.description) or error["msg"])

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 WRAPPERS = ("model", "state_dict")
+WRAPPING = 8
 MESSAGE_LENGTH = 120
 
 
@@ -66,11 +67,10 @@ def _read_pickle(path: Path) -> object:
     try:
         return cast("object", torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # the unpickler raises whatever a damaged file leads it to
-        if "weights_only" in str(error) or "Unsupported global" in str(error):
-            match = re.search(r"GLOBAL ([\w.]+)", str(error))
-            what = f" ({match[1]})" if match else ""
+        # torch names what the pickle wanted called; without a name it is merely damaged.
+        if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise CheckpointError(
-                f"{path} asks to run code while it is read{what}: refused",
+                f"{path} asks to run code while it is read ({match[1]}): refused",
                 allowed="a file with nothing but tensors in it",
                 do="Save it again with torch.save(model.state_dict()), where you trust it",
             ) from error
@@ -79,9 +79,9 @@ def _read_pickle(path: Path) -> object:
 
 def damaged(path: Path, error: Exception) -> CheckpointError:
     """Return the error that says that a file is truncated or damaged, and how it showed."""
-    reason = (
-        str(error).strip().splitlines()[0][:MESSAGE_LENGTH] if str(error).strip() else repr(error)
-    )
+    first = (str(error).strip().splitlines() or [""])[0][:MESSAGE_LENGTH]
+    # torch opens with advice on its own option, which is no help to anyone here.
+    reason = type(error).__name__ if not first or first.startswith("Weights only") else first
     return CheckpointError(
         f"{path} cannot be read, {path.stat().st_size} bytes, truncated or damaged ({reason})",
         allowed="a whole file written by torch.save or safetensors",
@@ -90,7 +90,9 @@ def damaged(path: Path, error: Exception) -> CheckpointError:
 
 
 def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    while isinstance(content, dict):
+    for _ in range(WRAPPING):  # a pickle can hold itself
+        if not isinstance(content, dict):
+            break
         inner = next((content[k] for k in WRAPPERS if isinstance(content.get(k), dict)), None)
         if inner is None:
             break

@@ -1,0 +1,200 @@
+"""The contract's arithmetic, stated as properties."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from numpy.typing import NDArray
+
+from pipeline import arithmetic
+from pipeline.records import PROFILES, Profile, Quantization, Range
+
+FAST = settings(max_examples=150, deadline=None)
+
+values = st.floats(-1e6, 1e6, allow_nan=False, allow_subnormal=False)
+ranges = st.tuples(values, values).map(
+    lambda ends: Range(minimum=min(ends), maximum=max(ends), count=1)
+)
+profiles = st.sampled_from(PROFILES)
+input_scales = st.floats(2**-20, 2**10, width=32)
+rows = hnp.array_shapes(min_dims=2, max_dims=4, max_side=5)
+finite32 = st.floats(-1024, 1024, width=32)
+weights = hnp.arrays(np.float32, rows, elements=finite32)
+
+
+def _bias_for(weight: NDArray[np.float32], magnitude: float) -> NDArray[np.float32]:
+    signs = np.where(np.arange(len(weight)) % 2, -1, 1)
+    return (signs * magnitude).astype(np.float32)
+
+
+@given(observed=ranges)
+@FAST
+def test_zero_is_a_grid_point(observed: Range) -> None:
+    chosen = arithmetic.activation_quantization(observed)
+    q = arithmetic.quantize(np.zeros(3, np.float32), chosen)
+    assert (q == chosen.zero_point).all()
+    assert (arithmetic.dequantize(q, chosen) == 0.0).all()
+
+
+@given(observed=ranges)
+@FAST
+def test_scale_is_a_float32_and_zero_point_an_int8(observed: Range) -> None:
+    chosen = arithmetic.activation_quantization(observed)
+    assert float(np.float32(chosen.scale)) == chosen.scale
+    assert -128 <= chosen.zero_point <= 127
+
+
+@given(observed=ranges, shares=st.lists(st.floats(0, 1), min_size=1, max_size=20))
+@FAST
+def test_round_trip_errs_by_half_a_step_at_most(observed: Range, shares: list[float]) -> None:
+    chosen = arithmetic.activation_quantization(observed)
+    spread = observed.maximum - observed.minimum
+    x = np.array([0.0, 1.0, *shares]) * spread + observed.minimum
+    x = np.clip(x, observed.minimum, observed.maximum)
+    back = arithmetic.dequantize(arithmetic.quantize(x, chosen), chosen)
+    # The float32 of the scale and of the result move the ends by 255 * 2**-24 steps.
+    if chosen.scale != 1.0 or max(abs(observed.minimum), abs(observed.maximum)) > 1e-6:
+        assert np.abs(back - x).max() <= chosen.scale * (0.5 + 1e-4)
+
+
+@given(observed=ranges)
+@FAST
+def test_the_whole_grid_is_used(observed: Range) -> None:
+    chosen = arithmetic.activation_quantization(observed)
+    low, high = min(observed.minimum, 0.0), max(observed.maximum, 0.0)
+    if high - low > 1e-12:
+        ends = arithmetic.quantize(np.array([low, high]), chosen)
+        assert ends[0] <= -127
+        assert ends[1] >= 126
+
+
+@given(observed=ranges, shares=st.lists(st.floats(-1, 2), min_size=1, max_size=20))
+@FAST
+def test_uint8_is_int8_plus_128(observed: Range, shares: list[float]) -> None:
+    chosen = arithmetic.activation_quantization(observed)
+    x = np.array(shares) * (observed.maximum - observed.minimum) + observed.minimum
+    unsigned_zero = chosen.zero_point + 128
+    unsigned = np.clip(np.rint(x / chosen.scale) + unsigned_zero, 0, 255).astype(np.uint8)
+    signed = arithmetic.quantize(x, chosen)
+    assert (signed.astype(np.int16) + 128 == unsigned).all()
+    from_unsigned = (unsigned.astype(np.int32) - unsigned_zero) * np.float32(chosen.scale)
+    assert (from_unsigned.astype(np.float32) == arithmetic.dequantize(signed, chosen)).all()
+
+
+@pytest.mark.parametrize("constant", [3.7, -3.7, 1e-3, -250.0])
+def test_a_constant_activation_survives(constant: float) -> None:
+    chosen = arithmetic.activation_quantization(Range(minimum=constant, maximum=constant, count=10))
+    back = arithmetic.dequantize(arithmetic.quantize(np.array([constant, 0.0]), chosen), chosen)
+    assert back[0] == pytest.approx(constant, rel=1e-6)
+    assert back[1] == 0.0
+
+
+@pytest.mark.parametrize("tiny", [0.0, 1e-30])
+def test_an_activation_that_is_always_zero_gets_scale_one(tiny: float) -> None:
+    chosen = arithmetic.activation_quantization(Range(minimum=0.0, maximum=tiny, count=1))
+    assert chosen == Quantization(scale=1.0, zero_point=0)
+
+
+def test_a_range_above_zero_is_widened_to_it() -> None:
+    chosen = arithmetic.activation_quantization(Range(minimum=10.0, maximum=25.5, count=1))
+    assert chosen.zero_point == -128
+    assert chosen.scale == pytest.approx(0.1)
+
+
+def test_rounding_is_half_to_even() -> None:
+    x = np.array([0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5])
+    q = arithmetic.quantize(x, Quantization(scale=1.0, zero_point=0))
+    assert q.tolist() == [0, 2, 2, 4, 0, -2, -2]
+    # The zero point is added after rounding, as every runtime does it.
+    shifted = arithmetic.quantize(x, Quantization(scale=1.0, zero_point=1))
+    assert shifted.tolist() == [1, 3, 3, 5, 1, -1, -1]
+    row = np.array([[2.5, 3.5, -2.5, 127.0]], np.float32)
+    scales = np.ones(1, np.float32)
+    assert arithmetic.quantize_weight(row, scales, "full").tolist() == [[2, 4, -2, 127]]
+    halves = np.array([0.5, 1.5, -2.5], np.float32)
+    assert arithmetic.quantize_bias(halves, 1.0, np.ones(3, np.float32)).tolist() == [0, 2, -2]
+
+
+def test_values_outside_the_range_saturate() -> None:
+    q = arithmetic.quantize(np.array([-1e9, 1e9]), Quantization(scale=0.5, zero_point=7))
+    assert q.tolist() == [-128, 127]
+
+
+@pytest.mark.parametrize(("profile", "limit"), [("full", 127), ("avx2", 64)])
+def test_limits_are_those_of_the_contract(profile: Profile, limit: int) -> None:
+    weight = np.array([[1.0, -0.25], [-2.0, 2.0]], np.float32)
+    scales = arithmetic.weight_scales(weight, np.zeros(2, np.float32), 0.1, profile)
+    q = arithmetic.quantize_weight(weight, scales, profile)
+    assert q[0, 0] == limit
+    assert q[1].tolist() == [-limit, limit]
+
+
+@given(weight=weights, magnitude=finite32, input_scale=input_scales, profile=profiles)
+@FAST
+def test_weights_keep_to_their_profile(
+    weight: NDArray[np.float32], magnitude: float, input_scale: float, profile: Profile
+) -> None:
+    bias = _bias_for(weight, magnitude)
+    scales = arithmetic.weight_scales(weight, bias, input_scale, profile)
+    q = arithmetic.quantize_weight(weight, scales, profile)
+    assert q.dtype == np.int8
+    assert q.shape == weight.shape
+    assert np.abs(q.astype(int)).max() <= {"full": 127, "avx2": 64}[profile]
+    error = np.abs(arithmetic.dequantize_weight(q, scales).astype(float) - weight)
+    steps = error / arithmetic.along_rows(scales, weight.ndim)
+    # Weights that count as zero are lost whole; all others by half a step.
+    assert steps.max() <= 0.5 + 1e-4
+
+
+@given(weight=weights, magnitude=finite32, input_scale=input_scales, profile=profiles)
+@FAST
+def test_biases_stay_within_two_to_the_thirty(
+    weight: NDArray[np.float32], magnitude: float, input_scale: float, profile: Profile
+) -> None:
+    bias = _bias_for(weight, magnitude)
+    scales = arithmetic.weight_scales(weight, bias, input_scale, profile)
+    q = arithmetic.quantize_bias(bias, input_scale, scales)
+    # Two roundings to float32: 2**30 * 2 * 2**-24.
+    assert np.abs(q.astype(np.int64)).max() <= 2**30 + 2**8
+    back = q * arithmetic.bias_scales(input_scale, scales).astype(float)
+    step = np.float64(input_scale) * scales
+    assert (np.abs(back - bias) <= step * 0.51).all()
+
+
+@given(magnitude=finite32, input_scale=input_scales, profile=profiles)
+@FAST
+def test_a_row_of_zeros_is_exact_and_keeps_its_bias(
+    magnitude: float, input_scale: float, profile: Profile
+) -> None:
+    weight, bias = np.zeros((2, 3), np.float32), np.array([magnitude, 0.0], np.float32)
+    scales = arithmetic.weight_scales(weight, bias, input_scale, profile)
+    assert scales[1] == 1.0
+    assert (scales > 0).all()
+    q = arithmetic.quantize_weight(weight, scales, profile)
+    assert not arithmetic.dequantize_weight(q, scales).any()
+    back = arithmetic.quantize_bias(bias, input_scale, scales) * arithmetic.bias_scales(
+        input_scale, scales
+    ).astype(float)
+    if scales[0] != 1.0:
+        assert math.isclose(back[0], magnitude, rel_tol=1e-6)
+    assert back[1] == 0.0
+
+
+def test_a_large_bias_raises_its_own_scale_only() -> None:
+    weight = np.full((2, 4), 1e-6, np.float32)
+    bias = np.array([1000.0, 0.0], np.float32)
+    scales = arithmetic.weight_scales(weight, bias, 1e-3, "full")
+    assert scales[0] == pytest.approx(1000 / (1e-3 * 2**30))
+    assert scales[1] == pytest.approx(1e-6 / 127)
+
+
+def test_scales_are_per_output_channel() -> None:
+    weight = np.array([[1.0, -1.0], [1e-3, 5e-4]], np.float32)
+    scales = arithmetic.weight_scales(weight, np.zeros(2, np.float32), 1.0, "full")
+    assert scales.dtype == np.float32
+    assert scales.tolist() == pytest.approx([1 / 127, 1e-3 / 127])

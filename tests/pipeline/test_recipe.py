@@ -1,0 +1,139 @@
+"""A recipe file with flags over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import pipeline.embedded
+from pipeline.errors import UsageError
+from pipeline.recipe import RUNTIMES, Recipe, load_budget, load_recipe
+
+
+@pytest.fixture
+def toml(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.toml"
+    path.write_text(
+        'checkpoint = "net.pth"\ndata = "photos"\nruntimes = ["onnx"]\nseed = 4\n'
+        'batch = "dynamic"\n'
+        '[preprocessing]\ncrop_ratio = 0.9\ninterpolation = "bilinear"\n'
+        "[gate]\nmax_drop_pp = 0.5\n[gate.baseline]\nmax_size_ratio = 1.1\n"
+    )
+    return path
+
+
+def test_without_a_file_the_defaults_stand() -> None:
+    recipe = load_recipe(None, {})
+    assert recipe == Recipe()
+    assert recipe.runtimes == RUNTIMES
+    assert recipe.gate is None
+    assert recipe.calibration_images == 512
+
+
+def test_a_file_is_read_whole(toml: Path) -> None:
+    recipe = load_recipe(toml, {})
+    assert (recipe.checkpoint, recipe.seed, recipe.batch) == ("net.pth", 4, "dynamic")
+    assert recipe.runtimes == ("onnx",)
+    assert recipe.gate is not None
+    assert recipe.gate.max_drop_pp == 0.5
+    assert recipe.gate.baseline.max_size_ratio == 1.1
+    assert recipe.gate.max_latency_ratio is None
+
+
+def test_flags_win_and_none_leaves_the_recipes_word(toml: Path) -> None:
+    recipe = load_recipe(toml, {"seed": 9, "data": None, "bench": False})
+    assert (recipe.seed, recipe.data, recipe.bench) == (9, "photos", False)
+
+
+def test_preprocessing_is_laid_over_key_by_key(toml: Path) -> None:
+    flags = {"preprocessing": {"crop_ratio": 1.0, "interpolation": None, "antialias": False}}
+    chosen = load_recipe(toml, flags).preprocessing
+    assert (chosen.crop_ratio, chosen.interpolation, chosen.antialias) == (1.0, "bilinear", False)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sead = 3", "sead"),
+        ("seed = 'x'", "seed"),
+        ("threads = 0", "threads"),
+        ("scheme = 'int4'", "scheme"),
+        ("[gate]\nmax_drop = 1", "gate.max_drop"),
+        ("[gate]\nmin_agreement = 1.5", "gate.min_agreement"),
+        ("[preprocessing]\nstd = [0.1, 0.0, 0.1]", "preprocessing.std"),
+        ("preprocessing = 3", "preprocessing"),
+        ("gate = 3", "gate"),
+        ("seed = ", "TOML"),
+    ],
+)
+def test_a_wrong_recipe_is_a_usage_error_that_names_it(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=said) as caught:
+        load_recipe(path, {})
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("sead = 3", ("seed", "checkpoint")),
+        ("[gate]\nmax_drop = 1", ("max_drop_pp", "require")),
+        ("[gate.baseline]\nx = 1", ("max_drop_pp", "max_size_ratio")),
+        ("[preprocessing]\ncrop = 1", ("crop_ratio", "antialias")),
+        ("scheme = 'int4'", ("float", "w8a8")),
+    ],
+)
+def test_what_is_allowed_is_listed(tmp_path: Path, text: str, names: tuple[str, ...]) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path, {})
+    for name in names:
+        assert name in str(caught.value)
+
+
+def test_a_wrong_flag_is_not_blamed_on_the_file(toml: Path) -> None:
+    with pytest.raises(UsageError, match="the options: seed") as caught:
+        load_recipe(toml, {"seed": "x"})
+    assert str(toml) not in str(caught.value)
+
+
+def test_a_missing_or_binary_file_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="No such file"):
+        load_recipe(tmp_path / "absent.toml", {})
+    (tmp_path / "binary.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="cannot be read as TOML"):
+        load_recipe(tmp_path / "binary.toml", {})
+
+
+@pytest.mark.parametrize("header", ["", "[gate]\n"])
+def test_a_budget_stands_alone_or_under_gate(tmp_path: Path, header: str) -> None:
+    path = tmp_path / "budget.toml"
+    path.write_text(f'{header}require = ["onnx"]\nmax_latency_ratio = 0.8\nclock = "cpu"\n')
+    budget = load_budget(path)
+    assert (budget.require, budget.max_latency_ratio, budget.clock) == (("onnx",), 0.8, "cpu")
+
+
+@pytest.mark.parametrize("text", ["max_drop = 1", "[gate]\nclock = 'sun'", "gate = 3"])
+def test_a_wrong_budget_is_a_usage_error(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "budget.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="the budget"):
+        load_budget(path)
+
+
+def test_the_embedded_recipe_is_valid() -> None:
+    path = Path(pipeline.embedded.__file__).parent / "recipe.toml"
+    assert load_recipe(path, {}).model_dump() != {}
+
+
+def test_a_recipe_does_not_change() -> None:
+    recipe: Any = Recipe()
+    with pytest.raises(ValidationError):
+        recipe.seed = 3
