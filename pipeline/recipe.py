@@ -7,7 +7,7 @@ on. Reads a file and touches nothing else.
 from __future__ import annotations
 
 import tomllib
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -163,14 +163,23 @@ def _validated(
         what = "the options" if place[0] in flags else what
         raise UsageError(
             f"{what}: {name} is {first['input']!r} ({first['msg']})",
-            allowed=_allowed(kind, place[0], first),
+            allowed=_allowed(kind, place, first),
             do=f"Correct {name}",
         ) from error
 
 
-def _allowed(kind: type[_Strict], name: str, error: Mapping[str, Any]) -> str:
+def _allowed(kind: type[_Strict], place: list[str], error: Mapping[str, Any]) -> str:
     if error["type"] == "extra_forbidden":
+        for name in place[:-1]:
+            kind = _table(kind, name)
         return ", ".join(kind.model_fields)
     expected = error.get("ctx", {}).get("expected")
-    field = kind.model_fields.get(name)
+    field = kind.model_fields.get(place[0])
     return str(expected or (field and field.description) or error["msg"])
+
+
+def _table(kind: type[_Strict], name: str) -> type[_Strict]:
+    """Return what a field holds where it is a table of its own, optional or not."""
+    annotation = kind.model_fields[name].annotation
+    parts = (annotation, *get_args(annotation))
+    return next(part for part in parts if isinstance(part, type) and issubclass(part, _Strict))

@@ -1,0 +1,202 @@
+"""Where images lie, which split serves what, and reproducible draws."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from calib import images
+from calib.images import Entry, ImageSet, open_images, select
+from pipeline.errors import DataError
+from pipeline.records import Architecture, Checkpoint, Selection
+
+
+def _png(value: int = 0) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), (value, value, value)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _tree(root: Path, *names: str) -> Path:
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(_png(i))
+    return root
+
+
+def _names(found: ImageSet) -> list[str]:
+    return [entry.name for entry in found.entries]
+
+
+def _labels(found: ImageSet) -> list[int | None]:
+    return [entry.label for entry in found.entries]
+
+
+def test_class_folders_give_labels_in_sorted_order(tmp_path: Path) -> None:
+    found = open_images(str(_tree(tmp_path, "dog/2.png", "cat/9.JPG", "dog/1.png")), "evaluation")
+    assert found.classes == ("cat", "dog")
+    assert _names(found) == ["cat/9.JPG", "dog/1.png", "dog/2.png"]
+    assert _labels(found) == [0, 1, 1]
+    assert found.label == str(tmp_path)
+
+
+def test_images_alone_have_no_labels(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("not an image")
+    found = open_images(str(_tree(tmp_path, "b.png", "a.png")), "calibration")
+    assert found.classes is None
+    assert found.entries == (Entry(name="a.png", label=None), Entry(name="b.png", label=None))
+
+
+@pytest.mark.parametrize("held_out", ["val", "validation", "test"])
+@pytest.mark.parametrize("under", ["", "photos/"])
+def test_splits_serve_their_purpose(tmp_path: Path, held_out: str, under: str) -> None:
+    split = [f"{under}train/a/1.png", f"{under}train/b/2.png"]
+    kept = [f"{under}{held_out}/a/3.png", f"{under}{held_out}/b/4.png"]
+    root = str(_tree(tmp_path, *split, *kept))
+    assert _names(open_images(root, "calibration")) == split
+    assert _names(open_images(root, "evaluation")) == kept
+
+
+def test_val_is_preferred_to_test(tmp_path: Path) -> None:
+    root = _tree(tmp_path, "train/a/1.png", "train/b/1.png", "test/a/1.png", "val/a/1.png")
+    _tree(root, "val/b/1.png")
+    assert _names(open_images(str(root), "evaluation")) == ["val/a/1.png", "val/b/1.png"]
+
+
+def test_a_zip_reads_as_the_folder_does(tmp_path: Path) -> None:
+    root = _tree(tmp_path / "data", "train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png")
+    path = tmp_path / "data.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(root.rglob("*")):
+            archive.write(file, file.relative_to(tmp_path))
+    folder, packed = (open_images(str(p), "evaluation") for p in (root, path))
+    assert _names(packed) == [f"data/{name}" for name in _names(folder)]
+    assert _labels(packed) == _labels(folder)
+    assert packed.hashes() == folder.hashes()
+
+
+def test_a_damaged_zip_member_is_a_data_error(tmp_path: Path) -> None:
+    path = tmp_path / "data.zip"
+    noise = bytes((i * i) % 251 for i in range(4000))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a.png", noise)
+        archive.writestr("b.png", noise)
+    content = bytearray(path.read_bytes())
+    start = 30 + len("a.png")
+    content[start : start + 40] = b"\xff" * 40
+    path.write_bytes(bytes(content))
+    found = open_images(str(path), "calibration")
+    with pytest.raises(DataError, match=r"data\.zip:a\.png cannot be read"):
+        found.read(found.entries[0])
+    assert found.read(found.entries[1]) == noise
+
+
+def test_a_file_that_is_too_large_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 10)
+    root = _tree(tmp_path / "data", "a.png")
+    with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
+        archive.write(root / "a.png", "a.png")
+    for where in (root, tmp_path / "data.zip"):
+        found = open_images(str(where), "calibration")
+        with pytest.raises(DataError, match=r"a\.png is \d+ bytes"):
+            found.read(found.entries[0])
+
+
+def test_a_file_that_vanished_is_a_data_error(tmp_path: Path) -> None:
+    found = open_images(str(_tree(tmp_path, "a.png")), "calibration")
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(DataError, match=r"a\.png cannot be read"):
+        found.hashes()
+
+
+def test_what_holds_no_images_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder or file"):
+        open_images(str(tmp_path / "absent"), "calibration")
+    (tmp_path / "notes.txt").write_text("text")
+    with pytest.raises(DataError, match="holds no images for calibration"):
+        open_images(str(tmp_path), "calibration")
+    with pytest.raises(DataError, match="not a folder and not a zip"):
+        open_images(str(tmp_path / "notes.txt"), "calibration")
+
+
+def test_mixed_depths_are_refused(tmp_path: Path) -> None:
+    root = _tree(tmp_path, "a.png", "cat/1.png", "dog/2.png")
+    with pytest.raises(DataError, match="is mixed"):
+        open_images(str(root), "evaluation")
+
+
+def test_a_sample_is_reproducible_and_without_repeats() -> None:
+    every = open_images("digits", "calibration")
+    one, again, other = every.sample(50, 3), every.sample(50, 3), every.sample(50, 4)
+    assert one.entries == again.entries
+    assert one.entries != other.entries
+    assert len(set(one.entries)) == 50
+    assert set(one.entries) <= set(every.entries)
+    assert every.sample(None, 0) is every
+    assert every.sample(10**6, 0) is every
+
+
+def test_the_digits_are_split_once_and_for_all() -> None:
+    calibration, evaluation = (open_images("digits", p) for p in ("calibration", "evaluation"))
+    assert len(calibration.entries) == 1257
+    assert len(evaluation.entries) == 540
+    assert not set(calibration.hashes()) & set(evaluation.hashes())
+    assert evaluation.classes == tuple("0123456789")
+    assert set(_labels(evaluation)) == set(range(10))
+    first = evaluation.entries[0]
+    assert f"/{first.label}/" in first.name
+    assert Image.open(io.BytesIO(evaluation.read(first))).size == (8, 8)
+
+
+def test_labels_count_in_the_models_order(tmp_path: Path) -> None:
+    found = open_images(str(_tree(tmp_path, "cat/1.png", "dog/2.png")), "evaluation")
+    mapped = found.for_model(["dog", "emu", "cat"], 3)
+    assert _labels(mapped) == [2, 0]
+    assert mapped.classes == ("dog", "emu", "cat")
+
+
+def test_a_model_without_names_takes_the_sorted_order(tmp_path: Path) -> None:
+    found = open_images(str(_tree(tmp_path, "cat/1.png", "dog/2.png")), "evaluation")
+    mapped = found.for_model(None, 2)
+    assert _labels(mapped) == [0, 1]
+    assert mapped.classes == ("cat", "dog")
+    with pytest.raises(DataError, match="has 2 classes, the model 3"):
+        found.for_model(None, 3)
+
+
+def test_classes_unknown_to_the_model_are_named(tmp_path: Path) -> None:
+    found = open_images(str(_tree(tmp_path, "cat/1.png", "yak/2.png")), "evaluation")
+    with pytest.raises(DataError, match="unknown to the model: yak"):
+        found.for_model(["cat", "dog"], 2)
+
+
+def test_unlabelled_images_do_not_evaluate(tmp_path: Path) -> None:
+    found = open_images(str(_tree(tmp_path, "a.png")), "evaluation")
+    with pytest.raises(DataError, match="without labels"):
+        found.for_model(None, 2)
+
+
+def test_a_selection_is_opened_for_its_model(tmp_path: Path) -> None:
+    root = _tree(tmp_path, "cat/1.png", "cat/2.png", "dog/3.png")
+    model = Checkpoint(
+        path="net", sha256="0", dialect="own", variant="custom", labels=("dog", "cat"),
+        architecture=Architecture(depths=(1,), dims=(4,), classes=2),
+    )  # fmt: skip
+    selection = Selection(where=str(root), purpose="evaluation", n=None, seed=0)
+    assert _labels(select(selection, model)) == [1, 1, 0]
+    assert _labels(select(selection)) == [0, 0, 1]
+    drawn = Selection(where=str(root), purpose="evaluation", n=2, seed=0)
+    assert len(select(drawn).entries) == 2
+
+
+def test_a_digest_follows_order_and_contents() -> None:
+    assert images.digest(["a", "b"]) == images.digest(iter(["a", "b"]))
+    assert images.digest(["a", "b"]) != images.digest(["b", "a"])
+    assert images.digest(["a", "b"]) != images.digest(["a"])

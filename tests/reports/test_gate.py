@@ -1,0 +1,318 @@
+"""The gate's answers, and what it never answers."""
+
+from __future__ import annotations
+
+import base64
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.recipe import BaselineBudget, Budget
+from pipeline.records import Accuracy, Agreement, Latency, Profile, Scheme
+from reports.document import (
+    ArtifactRow,
+    Check,
+    Data,
+    DataSource,
+    FloatResult,
+    Host,
+    Model,
+    Report,
+)
+from reports.document import Gate as GateRecord
+from reports.gate import judge, paired_check
+from reports.summary import junit, markdown
+
+N = 1000
+NOT_RUN = Accuracy(outcome="not_run", reason="no macOS here")
+
+
+def _bits(right: int, shift: int = 0) -> str:
+    truth = np.zeros(N, bool)
+    truth[shift : shift + right] = True
+    return base64.b64encode(np.packbits(truth).tobytes()).decode()
+
+
+def _accuracy(lost: int = 0, gained: int = 0, n: int = N, bits: str | None = None) -> Accuracy:
+    return Accuracy(outcome="measured", n=n, lost=lost, gained=gained, top1=0.9, correct_bits=bits)
+
+
+def _latency(ratio: float, spread: float = 0.02, device: str = "local") -> Latency:
+    interval = (ratio - spread, ratio + spread)
+    return Latency(
+        device=device, outcome="measured", n=100, wall_ratio=ratio, wall_ratio_ci95=interval,
+        cpu_ratio=2 * ratio, cpu_ratio_ci95=(2 * interval[0], 2 * interval[1]),
+    )  # fmt: skip
+
+
+def _row(runtime: str = "onnx", scheme: Scheme = "w8a8", **changes: Any) -> ArtifactRow:
+    stated: dict[str, Any] = {
+        "runtime": runtime, "scheme": scheme, "placement": "all", "graph_form": "nchw",
+        "path": f"{runtime}-{scheme}", "sha256": "0" * 64,
+        "size_bytes": 4000 if scheme == "float" else 1100,
+        "accuracy": _accuracy(), "latency": (_latency(0.5),),
+    }  # fmt: skip
+    return ArtifactRow(**(stated | changes))
+
+
+def _report(
+    *rows: ArtifactRow, agreement: tuple[Agreement, ...] = (), evaluation: str = "e"
+) -> Report:
+    return Report(
+        host=Host(cpu="cpu", isa=(), os="os", python="3", packages={}),
+        model=Model(
+            checkpoint_sha256="c", dialect="own", variant="custom", params=1, macs=1,
+            input_size=32, classes=10,
+        ),
+        data=Data(
+            calibration=None, evaluation=DataSource(source="digits", n=N, sha256=evaluation)
+        ),
+        float_result=FloatResult(top1=0.9, n=N), artifacts=rows, agreement=agreement,
+        gate=GateRecord(outcome="not_run", checks=()),
+    )  # fmt: skip
+
+
+def _only(report: Report, budget: Budget, baseline: Report | None = None) -> Check:
+    (check,) = judge(report, budget, baseline).checks
+    return check
+
+
+def _agreement(share: float, profile_b: Profile = "full", n: int = N) -> Agreement:
+    return Agreement(
+        a="onnx", b="tflite", scheme="w8a8", kind="host", n=n, profile_a="full",
+        profile_b=profile_b, top1_agreement=share, max_abs_logit_diff=0.1,
+    )  # fmt: skip
+
+
+def test_no_limits_is_not_run() -> None:
+    gate = judge(_report(_row()), Budget())
+    assert (gate.outcome, gate.checks) == ("not_run", ())
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "limit", "outcome"),
+    [
+        (0, 0, 1.0, "pass"),  # the bound is 100 * 3.84 / 1003.84 = 0.383 points
+        (0, 0, 0.38, "inconclusive"),
+        (0, 0, 0.39, "pass"),
+        (5, 5, 2.0, "pass"),
+        (60, 10, 1.0, "fail"),
+        (12, 4, 1.0, "inconclusive"),
+        (0, 40, 0.5, "pass"),
+    ],
+)
+def test_a_drop_is_judged_by_its_interval(
+    lost: int, gained: int, limit: float, outcome: str
+) -> None:
+    check = _only(_report(_row(accuracy=_accuracy(lost, gained))), Budget(max_drop_pp=limit))
+    assert check.outcome == outcome
+    assert check.value == pytest.approx((lost - gained) / 10)
+    assert check.limit == limit
+    assert "against the float model" in check.why
+
+
+def test_inconclusive_says_how_many_images_would_decide() -> None:
+    check = paired_check("drop", 12, 4, N, 1.0, "the float model")
+    assert check.outcome == "inconclusive"
+    match = re.search(r"about (\d+) images would decide", check.why)
+    assert match is not None
+    needed = int(match[1])
+    assert needed > N
+    scaled = round(12 * needed / N), round(4 * needed / N)
+    assert paired_check("drop", *scaled, needed, 1.0, "x").outcome == "pass"
+    fewer = needed // 2
+    scaled = round(12 * fewer / N), round(4 * fewer / N)
+    assert paired_check("drop", *scaled, fewer, 1.0, "x").outcome == "inconclusive"
+
+
+def test_a_drop_on_the_limit_is_never_decided() -> None:
+    check = paired_check("drop", 15, 5, N, 1.0, "the float model")
+    assert check.outcome == "inconclusive"
+    assert "no feasible number decides" in check.why
+
+
+def test_not_run_never_passes() -> None:
+    latency = Latency(device="local", outcome="not_run", reason="--no-bench")
+    report = _report(_row(accuracy=NOT_RUN, latency=(latency,)))
+    gate = judge(report, Budget(max_drop_pp=100, max_latency_ratio=100))
+    assert [check.outcome for check in gate.checks] == ["not_run", "not_run"]
+    assert gate.outcome == "not_run"
+    assert [check.why for check in gate.checks] == ["no macOS here", "--no-bench"]
+
+
+def test_failed_measurements_never_pass() -> None:
+    crashed = Accuracy(outcome="failed", reason="signal 4")
+    gate = judge(_report(_row(accuracy=crashed)), Budget(max_drop_pp=100, require=("onnx",)))
+    assert gate.outcome == "fail"
+    assert "signal 4" in gate.checks[0].why
+
+
+def test_a_required_runtime_that_is_missing_fails() -> None:
+    check = _only(_report(_row("onnx")), Budget(require=("tflite",)))
+    assert check.outcome == "fail"
+    assert "no quantized artifact" in check.why
+    only_float = _report(_row("tflite", "float"))
+    assert _only(only_float, Budget(require=("tflite",))).outcome == "fail"
+
+
+def test_a_required_runtime_that_was_not_run_fails() -> None:
+    report = _report(_row(accuracy=NOT_RUN))
+    check = _only(report, Budget(require=("onnx",)))
+    assert check.outcome == "fail"
+    assert "not_run, no macOS here" in check.why
+    assert _only(_report(_row()), Budget(require=("onnx",))).outcome == "pass"
+
+
+def test_a_required_runtime_needs_its_latency_only_where_it_is_asked() -> None:
+    report = _report(_row(latency=()))
+    assert judge(report, Budget(require=("onnx",))).outcome == "pass"
+    assert judge(report, Budget(require=("onnx",), max_latency_ratio=2)).outcome == "fail"
+    timed = Budget(require=("onnx",), baseline=BaselineBudget(max_latency_ratio=2))
+    assert judge(report, timed).checks[0].outcome == "fail"
+
+
+@pytest.mark.parametrize(
+    ("limit", "clock", "outcome"),
+    [
+        (0.6, "wall", "pass"),
+        (0.4, "wall", "fail"),
+        (0.51, "wall", "inconclusive"),
+        (0.6, "cpu", "fail"),
+        (1.1, "cpu", "pass"),
+    ],
+)
+def test_latency_is_judged_by_its_interval_and_clock(
+    limit: float, clock: Any, outcome: str
+) -> None:
+    check = _only(_report(_row()), Budget(max_latency_ratio=limit, clock=clock))
+    assert check.outcome == outcome
+
+
+@pytest.mark.parametrize(("limit", "outcome"), [(0.28, "pass"), (0.27, "fail")])
+def test_size_is_against_the_same_runtimes_float(limit: float, outcome: str) -> None:
+    rows = (_row("onnx", "float"), _row("onnx"), _row("tflite", "float", size_bytes=10))
+    check = _only(_report(*rows), Budget(max_size_ratio=limit))
+    assert check.outcome == outcome
+    assert check.value == pytest.approx(1100 / 4000)
+
+
+def test_size_without_a_float_artifact_is_not_run() -> None:
+    check = _only(_report(_row("onnx")), Budget(max_size_ratio=9))
+    assert check.outcome == "not_run"
+
+
+@pytest.mark.parametrize(
+    ("share", "limit", "outcome"),
+    [(1.0, 0.99, "pass"), (0.9, 0.99, "fail"), (0.995, 0.99, "inconclusive")],
+)
+def test_agreement_is_judged_by_its_interval(share: float, limit: float, outcome: str) -> None:
+    report = _report(agreement=(_agreement(share),))
+    check = _only(report, Budget(min_agreement=limit))
+    assert check.outcome == outcome
+    assert ("images would decide" in check.why) == (outcome == "inconclusive")
+
+
+def test_agreement_across_profiles_has_its_own_limit() -> None:
+    report = _report(agreement=(_agreement(0.9, "avx2"),))
+    assert judge(report, Budget(min_agreement=0.99)).checks == ()
+    assert judge(report, Budget(min_agreement_across_profiles=0.5)).outcome == "pass"
+
+
+def test_the_worst_answer_is_the_gates_word() -> None:
+    rows = (_row("a"), _row("b", accuracy=_accuracy(60, 10)), _row("c", accuracy=_accuracy(12, 4)))
+    budget = Budget(max_drop_pp=1.0)
+    assert judge(_report(*rows), budget).outcome == "fail"
+    assert judge(_report(rows[0], rows[2]), budget).outcome == "inconclusive"
+    assert judge(_report(rows[0], _row("d", accuracy=NOT_RUN)), budget).outcome == "pass"
+
+
+DROP = Budget(baseline=BaselineBudget(max_drop_pp=1.0))
+
+
+def test_without_a_baseline_its_checks_are_open() -> None:
+    check = _only(_report(_row()), DROP)
+    assert check.outcome == "inconclusive"
+    assert "--accept" in check.why
+
+
+def test_a_baseline_that_is_not_asked_is_not_read() -> None:
+    assert judge(_report(_row()), Budget(), _report()).checks == ()
+
+
+@pytest.mark.parametrize(
+    ("right", "shift", "outcome", "value"),
+    [
+        (900, 0, "pass", 0.0),
+        (840, 0, "fail", 6.0),
+        (892, 0, "inconclusive", 0.8),
+        (900, 5, "pass", 0.0),  # five lost and five gained
+    ],
+)
+def test_the_drop_against_a_baseline_is_paired(
+    right: int, shift: int, outcome: str, value: float
+) -> None:
+    before = _report(_row(accuracy=_accuracy(bits=_bits(900))))
+    now = _report(_row(accuracy=_accuracy(bits=_bits(right, shift))))
+    check = _only(now, DROP, before)
+    assert check.outcome == outcome
+    assert check.value == pytest.approx(value)
+    assert "against the baseline" in check.why
+
+
+def test_other_images_cannot_be_compared() -> None:
+    row = _row(accuracy=_accuracy(bits=_bits(900)))
+    check = _only(_report(row), DROP, _report(row, evaluation="others"))
+    assert check.outcome == "inconclusive"
+    assert "other images" in check.why
+
+
+def test_an_artifact_the_baseline_lacks_is_open() -> None:
+    row = _row(accuracy=_accuracy(bits=_bits(900)))
+    assert _only(_report(row), DROP, _report()).outcome == "inconclusive"
+    unmeasured = _report(_row(accuracy=NOT_RUN))
+    assert _only(_report(row), DROP, unmeasured).outcome == "inconclusive"
+
+
+def test_what_was_not_run_does_not_pass_against_a_baseline() -> None:
+    before = _report(_row(accuracy=_accuracy(bits=_bits(900))))
+    assert _only(_report(_row(accuracy=NOT_RUN)), DROP, before).outcome == "not_run"
+
+
+@pytest.mark.parametrize(("size", "outcome"), [(1100, "pass"), (1300, "fail")])
+def test_size_against_a_baseline(size: int, outcome: str) -> None:
+    budget = Budget(baseline=BaselineBudget(max_size_ratio=1.1))
+    check = _only(_report(_row(size_bytes=size)), budget, _report(_row()))
+    assert check.outcome == outcome
+    assert check.value == pytest.approx(size / 1100)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "outcome"), [(0.5, "pass"), (0.9, "fail"), (0.6, "inconclusive")]
+)
+def test_latency_against_a_baseline_compares_ratios(ratio: float, outcome: str) -> None:
+    budget = Budget(baseline=BaselineBudget(max_latency_ratio=1.2))
+    check = _only(_report(_row(latency=(_latency(ratio),))), budget, _report(_row()))
+    assert check.outcome == outcome
+    assert check.value == pytest.approx(ratio / 0.5)
+
+
+def test_latency_of_another_device_is_open() -> None:
+    budget = Budget(baseline=BaselineBudget(max_latency_ratio=1.2))
+    before = _report(_row(latency=(_latency(0.5, device="phone"),)))
+    assert _only(_report(_row()), budget, before).outcome == "inconclusive"
+
+
+def test_junit_and_markdown_carry_every_check() -> None:
+    rows = (_row("a"), _row("b", accuracy=_accuracy(60, 10)), _row("c", accuracy=_accuracy(12, 4)),
+            _row("d", accuracy=NOT_RUN))  # fmt: skip
+    report = _report(*rows)
+    gate = judge(report, Budget(max_drop_pp=1.0))
+    xml = junit(gate).decode()
+    assert (xml.count("<testcase"), xml.count("<failure"), xml.count("<error")) == (4, 1, 1)
+    assert xml.count("<skipped") == 1
+    text = markdown(report.model_copy(update={"gate": gate}))
+    assert text.startswith("## convnext-edge gate: ❌ fail")
+    for check in gate.checks:
+        assert f"| {check.name} |" in text
