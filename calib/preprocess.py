@@ -100,6 +100,8 @@ def preprocess(data: bytes, name: str, preprocessing: Preprocessing) -> Pixels:
     shorter = round(size / preprocessing.crop_ratio)
     scale = shorter / min(height, width)
     target = [max(size, round(height * scale)), max(size, round(width * scale))]
+    if target[0] * target[1] > MAX_PIXELS:
+        raise _bomb(name, f"{target[1]} x {target[0]} pixels when resized")
     if target != [height, width]:
         pixels = _resize(pixels, target, preprocessing)
     top, left = (target[0] - size) // 2, (target[1] - size) // 2

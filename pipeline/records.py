@@ -13,6 +13,9 @@ from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
 
 _STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+# report.json allows further keys: an older reader takes what a newer version measured.
+_OPEN = ConfigDict(extra="ignore", allow_inf_nan=False)
+
 _Class = TypeVar("_Class")
 
 
@@ -22,6 +25,12 @@ def _record(cls: type[_Class]) -> type[_Class]:
     return cast(
         "type[_Class]", dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)(cls)
     )
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def _reported(cls: type[_Class]) -> type[_Class]:
+    """Make a record that stands in report.json as it is."""
+    return cast("type[_Class]", dataclass(frozen=True, slots=True, kw_only=True, config=_OPEN)(cls))
 
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -199,7 +208,7 @@ class Export:
     batch: PositiveInt | Literal["dynamic"] = 1
 
 
-@_record
+@_reported
 class Proof:
     """What a runtime itself says that it executes, counted on the finished artifact.
 
@@ -244,7 +253,7 @@ class Artifact:
 # --- measurements ---------------------------------------------------------------------------------
 
 
-@_record
+@_reported
 class Accuracy:
     """An artifact's logits against the float model's, on the same images, run by its runtime."""
 
@@ -263,7 +272,7 @@ class Accuracy:
     """One bit per image in order, 1 where the artifact is right: base64 of numpy.packbits."""
 
 
-@_record
+@_reported
 class Latency:
     """Times of one artifact on one device; milliseconds per inference of batch 1.
 
@@ -297,7 +306,7 @@ class Latency:
     versions: dict[str, str] | None = None
 
 
-@_record
+@_reported
 class Agreement:
     """Two artifacts of equal scheme on the same images; not transitive, so every pair has a row."""
 

@@ -137,3 +137,9 @@ def test_batches_come_in_order_and_whole() -> None:
     assert [pixels.shape for _, pixels in parts] == [(3, 3, 8, 8), (3, 3, 8, 8), (1, 3, 8, 8)]
     last = found.entries[-1]
     assert (parts[-1][1][0] == preprocess(found.read(last), last.name, PLAIN)).all()
+
+
+def test_an_extreme_aspect_ratio_is_refused_before_it_is_resized() -> None:
+    how = Preprocessing(input_size=224)
+    with pytest.raises(DataError, match="when resized"):
+        preprocess(_file(np.zeros((1, 10_000, 3), np.uint8)), "sliver.png", how)
