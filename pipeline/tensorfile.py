@@ -6,6 +6,7 @@ not. A pickle is read with `weights_only=True`: nothing in it is ever executed.
 
 from __future__ import annotations
 
+import pickletools
 import re
 from typing import TYPE_CHECKING, cast
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
 WRAPPERS = ("model", "state_dict")
 WRAPPING = 8
+CALLING_OPCODES = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "REDUCE"})
 MESSAGE_LENGTH = 120
 
 
@@ -67,14 +69,26 @@ def _read_pickle(path: Path) -> object:
     try:
         return cast("object", torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # the unpickler raises whatever a damaged file leads it to
-        # torch names what the pickle wanted called; without a name it is merely damaged.
-        if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        if called := _called(path, error):
             raise CheckpointError(
-                f"{path} asks to run code while it is read ({match[1]}): refused",
+                f"{path} asks to run code while it is read ({called}): refused",
                 allowed="a file with nothing but tensors in it",
                 do="Save it again with torch.save(model.state_dict()), where you trust it",
             ) from error
         raise damaged(path, error) from error
+
+
+def _called(path: Path, error: Exception) -> str | None:
+    """Return what a refused pickle wanted called; None where it is merely damaged."""
+    if match := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        return match[1]
+    try:
+        with path.open("rb") as file:
+            # Reads opcodes one by one and executes none.
+            names = (opcode.name for opcode, _, _ in pickletools.genops(file))
+            return next((name for name in names if name in CALLING_OPCODES), None)
+    except (ValueError, IndexError, OSError, UnicodeError):
+        return None
 
 
 def damaged(path: Path, error: Exception) -> CheckpointError:
