@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pickletools
 import re
+import warnings
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -67,7 +68,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _read_pickle(path: Path) -> object:
     try:
-        return cast("object", torch.load(path, map_location="cpu", weights_only=True))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch warns of, the errors below say
+            return cast("object", torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # the unpickler raises whatever a damaged file leads it to
         if called := _called(path, error):
             raise CheckpointError(
