@@ -288,7 +288,7 @@ def compare(work: Path, threads: int) -> dict[str, Row]:
         samples[name] += [_run(sessions[name], images[0])[1] for _ in range(PER_ROUND)]
     for name, row in rows.items():
         base = samples["direct w8a8" if row["integer_layers"] else "direct float"]
-        row["ratio"] = ratio_interval(samples[name], base)
+        row["ratio"] = ratio_interval(samples[name], base, per_round=PER_ROUND)
         row["cpu_p50_ms"], row["cpu_ms"] = percentile(samples[name], 50), samples[name]
     return rows
 

@@ -20,7 +20,7 @@ from pipeline.errors import DataError
 from pipeline.store import sha256_bytes, sha256_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from pipeline.records import Checkpoint, Selection
 
@@ -148,9 +148,10 @@ def select(selection: Selection, model: Checkpoint | None = None) -> ImageSet:
     return images.sample(selection.n, selection.seed)
 
 
-def digest(hashes: Iterable[str]) -> str:
-    """Return one hash for a selection, from its images' hashes in order."""
-    return sha256_json(list(hashes))
+def digest(images: ImageSet, hashes: Sequence[str]) -> str:
+    """Return one hash for a selection: its images' hashes and labels, in order."""
+    labels = [entry.label for entry in images.entries]
+    return sha256_json(list(zip(hashes, labels, strict=True)))
 
 
 def open_images(where: str, purpose: Purpose) -> ImageSet:
@@ -168,7 +169,7 @@ def open_images(where: str, purpose: Purpose) -> ImageSet:
         DataError: There is no such place, it is not readable, or it holds no images.
     """
     source = _source(where)
-    names = [n for n in source.names() if PurePosixPath(n).suffix.lower() in IMAGE_SUFFIXES]
+    names = [name for name in source.names() if _is_image(name)]
     names = _of_split(names, purpose)
     if not names:
         raise DataError(
@@ -196,6 +197,13 @@ def open_images(where: str, purpose: Purpose) -> ImageSet:
         for name, parent in zip(names, parents, strict=True)
     )
     return ImageSet(source=source, entries=entries, classes=classes)
+
+
+def _is_image(name: str) -> bool:
+    path = PurePosixPath(name)
+    # What macOS and editors leave behind carries an image's ending, too.
+    hidden = path.name.startswith(".") or "__MACOSX" in path.parts
+    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
 
 
 def _source(where: str) -> Source:

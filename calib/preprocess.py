@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     Pixels = NDArray[np.float32]
 
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 MAX_PIXELS = 64 * 2**20
 """Above this an image is refused before it is decoded (a decompression bomb)."""
 # What Pillow's decoders and its EXIF reader raise on damage.
@@ -61,7 +62,7 @@ def decode(data: bytes, name: str) -> NDArray[np.uint8]:
         with warnings.catch_warnings():
             # Pillow only warns up to twice its own limit; ours is lower and an error.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as image:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise _bomb(name, f"{image.width} x {image.height} pixels")
                 return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

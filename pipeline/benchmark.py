@@ -110,17 +110,17 @@ def latencies(
 
 
 def _beside_float(row: Latency, item: Samples, base: Samples) -> Latency:
-    wall, *wall_interval = ratio_interval(item.wall_ms, base.wall_ms)
-    cpu, *cpu_interval = ratio_interval(item.cpu_ms, base.cpu_ms)
+    wall = ratio_interval(item.wall_ms, base.wall_ms, per_round=PER_ROUND)
+    cpu = ratio_interval(item.cpu_ms, base.cpu_ms, per_round=PER_ROUND)
     return replace(
         row,
         float_wall_p50_ms=percentile(base.wall_ms, 50),
         float_cpu_p50_ms=percentile(base.cpu_ms, 50),
-        speedup=1 / wall,
-        wall_ratio=wall,
-        wall_ratio_ci95=(wall_interval[0], wall_interval[1]),
-        cpu_ratio=cpu,
-        cpu_ratio_ci95=(cpu_interval[0], cpu_interval[1]),
+        speedup=1 / wall[0] if wall and wall[0] else None,
+        wall_ratio=wall[0] if wall else None,
+        wall_ratio_ci95=wall[1:] if wall else None,
+        cpu_ratio=cpu[0] if cpu else None,
+        cpu_ratio_ci95=cpu[1:] if cpu else None,
     )
 
 

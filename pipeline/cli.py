@@ -172,11 +172,13 @@ def bench(
     threads: Annotated[int | None, typer.Option(help="Threads while measuring.")] = None,
 ) -> None:
     """Measure the latency of a run folder's artifacts."""
+    from pipeline.recipe import load_recipe
     from pipeline.run import Steps
 
     flags = {"device": device, "threads": threads, "bench": True}
     changes = {name: value for name, value in flags.items() if value is not None}
-    settings = _stored_recipe(run_dir).model_copy(update=changes)
+    stored = _stored_recipe(run_dir)
+    settings = load_recipe(None, {**stored.model_dump(exclude_none=True), **changes})
     _conclude(_execute(settings, run_dir, Steps(verify=False)), run_dir)
 
 

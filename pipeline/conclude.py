@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.recipe import Budget
 from pipeline.stages import Stages
-from pipeline.store import Stage, publish, sha256_bytes, write_atomic
+from pipeline.store import Stage, publish, sha256_bytes, sha256_file, write_atomic
+from reports import document
 from reports.document import REPORT, Report, read_report, write_report
 from reports.gate import judge
 from reports.summary import junit, markdown
@@ -84,7 +85,10 @@ def _write_pages(report: Report, out: Path, stages: Stages) -> None:
     stage = Stage(
         name="pages",
         modules=("reports.pages",),
-        inputs={"report": sha256_bytes(report.model_dump_json(by_alias=True).encode())},
+        inputs={
+            "report": sha256_bytes(report.model_dump_json(by_alias=True).encode()),
+            "templates": sha256_file(Path(document.__file__).parent / "templates"),
+        },
         settings={},
         libraries=("jinja2", "matplotlib"),
     )

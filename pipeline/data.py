@@ -17,7 +17,7 @@ from reports.document import DataSource
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from calib.images import Purpose
+    from calib.images import ImageSet, Purpose
     from pipeline.recipe import Recipe
     from pipeline.records import Checkpoint
     from pipeline.worker import Progress
@@ -64,10 +64,12 @@ def choose(recipe: Recipe, model: Checkpoint, progress: Progress) -> Data:
             do="Give --data; a few hundred images of the kind the model will see are enough",
         )
     calibration = _selection(recipe, where, "calibration", recipe.calibration_images)
-    hashes = select(calibration).hashes()
+    pool = select(calibration)
+    hashes = pool.hashes()
     progress(1, 2)
     evaluation = _evaluation(recipe, where)
-    held_out = select(evaluation, model).hashes() if evaluation else []
+    exam = select(evaluation, model) if evaluation else None
+    held_out = exam.hashes() if exam else []
     progress(2, 2)
     shared = len(set(hashes) & set(held_out))
     if shared and not recipe.allow_overlap:
@@ -77,8 +79,8 @@ def choose(recipe: Recipe, model: Checkpoint, progress: Progress) -> Data:
             do="Separate them, or give --allow-overlap and mistrust the accuracy",
         )
     return Data(
-        calibration=_chosen(calibration, hashes),
-        evaluation=_chosen(evaluation, held_out) if evaluation else None,
+        calibration=_chosen(calibration, pool, hashes),
+        evaluation=_chosen(evaluation, exam, held_out) if evaluation and exam else None,
         why_not=NOT_ASKED if recipe.eval == NONE else NO_LABELS,
     )
 
@@ -96,6 +98,6 @@ def _selection(recipe: Recipe, where: str, purpose: Purpose, n: int | None) -> S
     return Selection(where=where, purpose=purpose, n=n, seed=recipe.seed)
 
 
-def _chosen(selection: Selection, hashes: Sequence[str]) -> Chosen:
-    source = DataSource(source=selection.where, n=len(hashes), sha256=digest(hashes))
+def _chosen(selection: Selection, images: ImageSet, hashes: Sequence[str]) -> Chosen:
+    source = DataSource(source=selection.where, n=len(hashes), sha256=digest(images, hashes))
     return Chosen(selection=selection, source=source)

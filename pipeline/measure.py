@@ -18,6 +18,7 @@ from pipeline.records import Accuracy, Agreement, Artifact, Checkpoint, Latency,
 from pipeline.store import Stage, publish
 from reports.document import FloatResult
 from targets import base
+from targets.devices.local import isa_flags
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,7 +65,8 @@ class Verification:
         """Return the float result, one accuracy per artifact, and every pair's agreement."""
         if data.evaluation is None:
             return self._nothing(artifacts, data.why_not)
-        inputs = {"checkpoint": self.model.sha256, "images": data.evaluation.source.sha256}
+        # A stage's folder is named after all that went into it.
+        inputs = {"loaded": self.loaded.folder.name, "images": data.evaluation.source.sha256}
         arguments: dict[str, Any] = {
             "model": str(self.loaded.folder),
             "selection": asdict(data.evaluation.selection),
@@ -100,7 +102,11 @@ class Verification:
             name=f"verify-{name}",
             modules=("pipeline.verify", *modules),
             inputs=inputs,
-            settings={"preprocessing": self.how, "labels": self.model.labels},
+            settings={
+                "preprocessing": self.how,
+                "labels": self.model.labels,
+                "host": isa_flags(),
+            },
             libraries=(*DATA_LIBRARIES, *libraries),
         )
 
@@ -125,6 +131,7 @@ class Verification:
                 **arguments,
                 name=target.name,
                 path=str(self.stages.out / artifact.path),
+                batch=artifact.export.batch,
             )
         except (WorkerError, ArtifactError) as error:
             return Accuracy(outcome="failed", reason=str(error)), None
@@ -134,7 +141,6 @@ class Verification:
         stage = Stage(
             name="agreement",
             modules=("pipeline.verify",),
-            # A stage's folder is named after all that went into it.
             inputs={str(i): Path(item["folder"]).name for i, item in enumerate(measured)},
             settings={},
             libraries=("numpy",),

@@ -14,6 +14,7 @@ from scipy.special import softmax
 
 from calib.preprocess import preprocess
 from pipeline.errors import ArtifactError, DataError
+from targets.base import run_padded
 from targets.export import read_metadata
 
 if TYPE_CHECKING:
@@ -38,18 +39,19 @@ def classify(artifact: Path, images: Sequence[Path], top: int) -> list[dict[str,
         ArtifactError: The artifact is unusable, or its runtime cannot run here.
         DataError: A file is not an image.
     """
-    runtime, preprocessing, labels = read_metadata(artifact)
-    if (cannot := runtime.can_run()) is not None:
+    stated = read_metadata(artifact)
+    labels = stated.labels
+    if (cannot := stated.runtime.can_run()) is not None:
         raise ArtifactError(
             f"{artifact} cannot run here: {cannot.reason}",
             allowed="an artifact of a runtime that runs on this machine",
             do="See `convnext-edge doctor`",
         )
-    session = runtime.load(artifact, threads=1)
+    session = stated.runtime.load(artifact, threads=1)
     predictions = []
     for image in images:
-        pixels = preprocess(_read(image), str(image), preprocessing)
-        probabilities = softmax(session(pixels[None])[0])
+        pixels = preprocess(_read(image), str(image), stated.preprocessing)
+        probabilities = softmax(run_padded(session, pixels[None], stated.batch)[0])
         best = probabilities.argsort()[::-1][:top]
         classes = [
             {"label": labels[i] if labels else str(i), "probability": float(probabilities[i])}

@@ -274,10 +274,11 @@ class Accuracy:
 
 @_reported
 class Latency:
-    """Times of one artifact on one device; milliseconds per inference of batch 1.
+    """Times of one artifact on one device; milliseconds per inference of the artifact's batch.
 
     Ratios are of medians, this artifact over the float artifact of its runtime in the same run;
-    `harness` is the null session's time, which each of the others contains.
+    `harness` is the null session's time, which each of the others contains. `load` includes the
+    import of the runtime's packages.
     """
 
     device: str

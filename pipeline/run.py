@@ -9,6 +9,7 @@ word. Every stage is looked up in the store first and runs in a worker process w
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,7 +37,7 @@ from pipeline.worker import end_all
 from reports import assemble
 from targets import base
 from targets.base import check_expressible
-from targets.devices.local import available_cores, host_isa
+from targets.devices.local import available_cores, host_isa, isa_flags
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,11 +141,12 @@ class _Run:
         self.stages = Stages(out, display, cores=available_cores())
 
     def execute(self, steps: Steps) -> Finished:
-        write_atomic(self.out / RECIPE, self.recipe.model_dump_json(indent=2).encode())
         loaded, model = self._checkpoint()
         with self.display.stage("data") as progress:
             data = choose(self.recipe, model, progress)
         quantized = self._quantize(loaded, model, data)
+        # Only now: what was refused must not stand beside the results of an earlier run.
+        write_atomic(self.out / RECIPE, self.recipe.model_dump_json(indent=2).encode())
         report = None
         if steps.export:
             artifacts = self._export(quantized)
@@ -176,6 +178,7 @@ class _Run:
         latencies = timing.run(artifacts)
         report = assemble.report(
             local=_this_machine(),
+            distributions=[d for t in self.targets for d in t.capabilities.distributions],
             checkpoint=assemble.model(model, loaded.value, size),
             calibration=data.calibration.source,
             evaluation=data.evaluation.source if data.evaluation else None,
@@ -188,9 +191,9 @@ class _Run:
             ],
             agreement=agreement,
         )
-        return conclude(
-            report, self.out, self.recipe.gate, baseline=self.recipe.baseline, stages=self.stages
-        )
+        # What only exported has nothing to be judged by.
+        budget = self.recipe.gate if steps.verify or steps.bench else None
+        return conclude(report, self.out, budget, baseline=self.recipe.baseline, stages=self.stages)
 
     # --- settings ------------------------------------------------------------------------------
 
@@ -235,7 +238,7 @@ class _Run:
             name="checkpoint",
             modules=("pipeline.checkpoint",),
             # What is not a file is for the stage to complain about.
-            inputs={"file": sha256_file(self.source) if self.source.is_file() else ""},
+            inputs={"file": _sha256_or_nothing(self.source)},
             settings={"path": str(self.source), "labels": labels, "input_size": size},
             libraries=("torch", "safetensors"),
         )
@@ -254,11 +257,13 @@ class _Run:
     def _quantize(self, loaded: Done, checkpoint: Checkpoint, data: Data) -> Path:
         how = asdict(self.preprocessing)
         parents = {"checkpoint": checkpoint.sha256, "calibration": data.calibration.source.sha256}
+        # A stage's folder is named after all that went into it, the reading of the names included.
+        inputs = {**parents, "loaded": loaded.folder.name}
         calibrated = self.stages.do(
             Stage(
                 name="calibrate",
                 modules=("pipeline.calibrate",),
-                inputs=parents,
+                inputs=inputs,
                 settings={"preprocessing": how},
                 libraries=("torch", "numpy", "pillow"),
             ),
@@ -271,7 +276,7 @@ class _Run:
             Stage(
                 name="quantize",
                 modules=("pipeline.quantize",),
-                inputs={**parents, "ranges": sha256_file(calibrated.folder / "ranges.json")},
+                inputs={**inputs, "ranges": sha256_file(calibrated.folder / "ranges.json")},
                 settings={"preprocessing": how, "labels": checkpoint.labels},
                 libraries=("torch", "numpy"),
             ),
@@ -295,7 +300,16 @@ class _Run:
                     for scheme in self._schemes()
                 ]
 
-        return [item for items in self.stages.side_by_side(export, self.targets) for item in items]
+        made = [item for items in self.stages.side_by_side(export, self.targets) for item in items]
+        self._remove_others(made)
+        return made
+
+    def _remove_others(self, made: Sequence[Artifact]) -> None:
+        """Take away artifacts of an earlier run: they are not of this model."""
+        names = {artifact.name for artifact in made}
+        for folder in (self.out / ARTIFACTS).iterdir():
+            if folder.is_dir() and folder.name not in names:
+                shutil.rmtree(folder)
 
     def _artifact(
         self,
@@ -311,7 +325,8 @@ class _Run:
                 name=f"export-{name}",
                 modules=("targets.export", type(target).__module__),
                 inputs=hashes,
-                settings=asdict(wanted),
+                # The proof is this host's: a runtime chooses its kernels by ISA.
+                settings={**asdict(wanted), "host": isa_flags()},
                 libraries=("torch", "numpy", *target.capabilities.distributions),
             ),
             "targets.export:export_stage",
@@ -332,6 +347,13 @@ class _Run:
             export_seconds=done.seconds,
             export_peak_memory_bytes=done.peak_memory_bytes,
         )
+
+
+def _sha256_or_nothing(path: Path) -> str:
+    try:
+        return sha256_file(path) if path.is_file() else ""
+    except OSError:
+        return ""
 
 
 def _this_machine() -> DeviceInfo:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.store import Stage, Store
-from pipeline.worker import Worker
+from pipeline.worker import Worker, end_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -102,5 +102,12 @@ class Stages:
         self, function: Callable[[_Item], _Result], items: Sequence[_Item]
     ) -> list[_Result]:
         """Apply a function to every item, as many at a time as there are cores, in order."""
-        with ThreadPoolExecutor(max_workers=self.cores) as pool:
+        pool = ThreadPoolExecutor(max_workers=self.cores)
+        try:
             return list(pool.map(function, items))
+        except BaseException:
+            # Ctrl-C included: the threads wait for workers, which know nothing of it.
+            end_all()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -142,22 +142,38 @@ def percentile(samples: Sequence[float], rank: int) -> float | None:
 
 
 def ratio_interval(
-    numerator: Sequence[float], denominator: Sequence[float], *, seed: int = 0, draws: int = 2000
-) -> tuple[float, float, float]:
-    """Return the ratio of two medians with a bootstrap 95 % interval.
+    numerator: Sequence[float],
+    denominator: Sequence[float],
+    *,
+    per_round: int,
+    seed: int = 0,
+    draws: int = 2000,
+) -> tuple[float, float, float] | None:
+    """Return the ratio of two medians with a 95 % interval.
+
+    The two took turns, `per_round` samples at a time, so samples of one round are alike and the two
+    rounds of one turn saw the same noise: whole turns are resampled, both sides together.
 
     Args:
-        numerator: Raw samples, at least one.
-        denominator: Raw samples, at least one.
+        numerator: Raw samples in the order taken.
+        denominator: As many, of the same turns.
+        per_round: Samples per turn.
         seed: Of the resampling.
         draws: How many resamples.
 
     Returns:
-        The ratio, its lower and its upper bound.
+        The ratio, its lower and its upper bound; None with too few samples for a median or where
+        the denominator is 0.
+
+    Source: Efron and Tibshirani, "An Introduction to the Bootstrap", 1993, chapter 8 (blocks).
     """
-    rng = np.random.default_rng(seed)
-    a, b = np.asarray(numerator), np.asarray(denominator)
-    many_a = np.median(rng.choice(a, (draws, len(a))), axis=1)
-    many_b = np.median(rng.choice(b, (draws, len(b))), axis=1)
-    low, high = np.percentile(many_a / many_b, [2.5, 97.5])
+    a, b = (np.asarray(x, np.float64).reshape(-1, per_round) for x in (numerator, denominator))
+    if min(a.size, b.size) < MINIMUM_SAMPLES[50] or len(a) != len(b) or np.median(b) <= 0:
+        return None
+    turns = np.random.default_rng(seed).integers(0, len(a), (draws, len(a)))
+    below = np.median(b[turns].reshape(draws, -1), axis=1)
+    if below.min() <= 0:
+        return None
+    ratios = np.median(a[turns].reshape(draws, -1), axis=1) / below
+    low, high = np.percentile(ratios, [2.5, 97.5])
     return float(np.median(a) / np.median(b)), float(low), float(high)

@@ -74,6 +74,9 @@ def sha256_code(module: str) -> str:
         source = path.read_bytes()
         sources[name] = sha256_bytes(source)
         pending.extend(imported_modules(source.decode()))
+        if path.name == "__init__.py" and "." in name:
+            # A package that is imported as such is discovered from: all of it counts.
+            pending.extend(f"{name}.{child.stem}" for child in sorted(path.parent.glob("*.py")))
     return sha256_json(sources)
 
 

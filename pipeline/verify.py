@@ -20,7 +20,7 @@ from calib.preprocess import batches
 from pipeline import checkpoint
 from pipeline.records import Accuracy, Agreement, Export, Preprocessing, Selection
 from pipeline.statistics import paired_difference_interval, sqnr_db
-from targets.base import runtime
+from targets.base import run_padded, runtime
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -74,6 +74,7 @@ def artifact_stage(
     model: str,
     name: str,
     path: str,
+    batch: int | str,
     selection: dict[str, Any],
     preprocessing: dict[str, Any],
     reference: str,
@@ -86,6 +87,7 @@ def artifact_stage(
         model: Folder of the checkpoint stage.
         name: The runtime.
         path: The artifact.
+        batch: Its batch; `dynamic` is run one by one.
         selection: A `Selection` as JSON.
         preprocessing: A `Preprocessing` as JSON.
         reference: Folder with the float model's logits.npy and labels.npy.
@@ -101,10 +103,10 @@ def artifact_stage(
     session = runtime(name).load(Path(path), threads=1)
     parts = []
     progress(0, len(images.entries))
-    for _, pixels in batches(images, how, 1):
-        # A copy: a runtime may hand out the same buffer every time.
-        parts.append(np.array(session(pixels), np.float32))
-        progress(len(parts), len(images.entries))
+    size = batch if isinstance(batch, int) else 1
+    for _, pixels in batches(images, how, size):
+        parts.append(run_padded(session, pixels, size))
+        progress(sum(map(len, parts)), len(images.entries))
     logits = np.concatenate(parts)
     np.save(Path(folder) / LOGITS, logits)
     labels = np.load(Path(reference) / LABELS)

@@ -118,6 +118,8 @@ class Worker:
             process.stdin.write(json.dumps({"function": function, "arguments": arguments}) + "\n")
             process.stdin.flush()
             while line := process.stdout.readline():
+                if not line.endswith("\n"):
+                    break  # killed in the middle of it
                 message = json.loads(line)
                 if "progress" in message:
                     progress(*message["progress"])

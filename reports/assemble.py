@@ -27,22 +27,12 @@ if TYPE_CHECKING:
     from pipeline.records import Accuracy, Agreement, Artifact, Checkpoint, Latency
     from targets.base import DeviceInfo
 
-DISTRIBUTIONS = [
-    "convnext-edge",
-    "torch",
-    "numpy",
-    "onnx",
-    "onnxruntime",
-    "openvino",
-    "ai-edge-litert",
-    "coremltools",
-    "tensorflow-cpu",
-]
+BASE = ("convnext-edge", "torch", "numpy")
 
 
-def host(local: DeviceInfo) -> Host:
-    """Describe this machine."""
-    versions = library_versions(DISTRIBUTIONS)
+def host(local: DeviceInfo, distributions: Sequence[str]) -> Host:
+    """Describe this machine, with the versions of what made and ran the artifacts."""
+    versions = library_versions((*BASE, *distributions))
     return Host(
         cpu=local.description,
         isa=local.isa,
@@ -92,6 +82,7 @@ def artifact_row(artifact: Artifact, accuracy: Accuracy, latency: Sequence[Laten
 def report(
     *,
     local: DeviceInfo,
+    distributions: Sequence[str],
     checkpoint: Model,
     calibration: DataSource | None,
     evaluation: DataSource | None,
@@ -101,7 +92,7 @@ def report(
 ) -> Report:
     """Put the document together; the gate is still not_run."""
     return Report(
-        host=host(local),
+        host=host(local, distributions),
         model=checkpoint,
         data=Data(calibration=calibration, evaluation=evaluation),
         float_result=float_result,

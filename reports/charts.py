@@ -289,7 +289,7 @@ def _latency_bars(lane: Lane, pairs: Sequence[Pair]) -> Chart:
     chart = draw_bars(groups, f"latency-{lane.device}-{lane.threads}")
     found = [latency for latency in (lane.find(row) for row in rows) if latency]
     reasons = dict.fromkeys(one.reason for one in found if one.reason)
-    note = "Wall p50, milliseconds for one image; shorter is better. The upright tick is CPU p50."
+    note = "Wall p50, milliseconds an inference; shorter is better. The upright tick is CPU p50."
     if chart is None:
         note = (
             f"Nothing was timed here: {'; '.join(str(why) for why in reasons) or 'no reason given'}"

@@ -20,7 +20,7 @@ from pipeline.statistics import (
 from reports.document import Check, CheckOutcome, Gate, Report
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -46,7 +46,9 @@ def judge(report: Report, budget: Budget, baseline: Report | None = None) -> Gat
     """
     checks = [
         *_required(report, budget),
-        *_against_float(report, budget),
+        *_answered("max_drop_pp", budget.max_drop_pp, _drops(report, budget)),
+        *_answered("max_size_ratio", budget.max_size_ratio, _sizes(report, budget)),
+        *_answered("max_latency_ratio", budget.max_latency_ratio, _latencies(report, budget)),
         *_agreements(report, budget),
         *_against_baseline(report, budget.baseline, baseline, budget.clock),
     ]
@@ -91,26 +93,39 @@ def _missing(report: Report, budget: Budget, runtime: str) -> Iterator[str]:
                 yield f"{row.scheme}: {result.outcome}, {result.reason}"
 
 
-def _against_float(report: Report, budget: Budget) -> Iterator[Check]:
+def _answered(name: str, limit: float | None, checks: Iterable[Check]) -> Iterator[Check]:
+    """Pass the checks of one limit on; where none of them was run, the question stays open."""
+    if limit is None:
+        return
+    asked = list(checks)
+    yield from asked
+    if all(check.outcome == "not_run" for check in asked):
+        yield _open(name, limit, "asked, and nothing in the report answers it")
+
+
+def _drops(report: Report, budget: Budget) -> Iterator[Check]:
+    for row in _quantized(report):
+        name, result = f"{row.runtime} {row.scheme} drop", row.accuracy
+        limit = budget.max_drop_pp
+        if result.lost is None or result.gained is None or result.n is None or limit is None:
+            yield _unmeasured(name, limit, result)
+        else:
+            against = "the float model"
+            yield paired_check(name, result.lost, result.gained, result.n, limit, against)
+
+
+def _sizes(report: Report, budget: Budget) -> Iterator[Check]:
     floats = {row.runtime: row for row in report.artifacts if row.scheme == "float"}
     for row in _quantized(report):
-        label = f"{row.runtime} {row.scheme}"
-        if budget.max_drop_pp is not None:
-            yield _drop(f"{label} drop", row, budget.max_drop_pp)
-        if budget.max_size_ratio is not None:
-            base = floats.get(row.runtime)
-            yield _size(f"{label} size", row, base, budget.max_size_ratio, "float")
-        if budget.max_latency_ratio is not None:
-            for latency in row.latency:
-                name = f"{label} latency on {latency.device}"
-                yield _latency(name, latency, budget.max_latency_ratio, budget.clock)
+        name = f"{row.runtime} {row.scheme} size"
+        yield _size(name, row, floats.get(row.runtime), budget.max_size_ratio or 0, "float")
 
 
-def _drop(name: str, row: ArtifactRow, limit: float) -> Check:
-    result = row.accuracy
-    if result.lost is None or result.gained is None or result.n is None:
-        return _not_run(name, limit, result.reason)
-    return paired_check(name, result.lost, result.gained, result.n, limit, "the float model")
+def _latencies(report: Report, budget: Budget) -> Iterator[Check]:
+    for row in _quantized(report):
+        for latency in row.latency:
+            name = f"{row.runtime} {row.scheme} latency on {latency.device}"
+            yield _latency(name, latency, budget.max_latency_ratio or 0, budget.clock)
 
 
 def paired_check(name: str, lost: int, gained: int, n: int, limit_pp: float, against: str) -> Check:
@@ -154,7 +169,7 @@ def _size(name: str, row: ArtifactRow, base: ArtifactRow | None, limit: float, o
 def _latency(name: str, latency: Latency, limit: float, clock: str) -> Check:
     value, interval = _ratio(latency, clock)
     if value is None or interval is None:
-        return _not_run(name, limit, latency.reason)
+        return _unmeasured(name, limit, latency)
     low, high = interval
     outcome: CheckOutcome = "pass" if high <= limit else "fail" if low > limit else "inconclusive"
     why = (
@@ -165,13 +180,20 @@ def _latency(name: str, latency: Latency, limit: float, clock: str) -> Check:
 
 
 def _agreements(report: Report, budget: Budget) -> Iterator[Check]:
-    for row in report.agreement:
-        if row.scheme == "float":
-            continue
+    limits = (budget.min_agreement, budget.min_agreement_across_profiles)
+    if limits == (None, None):
+        return
+    rows = [row for row in report.agreement if row.scheme != "float"]
+    if not rows:
+        yield _open("agreement", None, "asked, and no two quantized artifacts were run")
+    for row in rows:
         same = row.profile_a == row.profile_b
-        limit = budget.min_agreement if same else budget.min_agreement_across_profiles
+        limit = limits[0] if same else limits[1]
         if limit is not None:
             yield _agreement(row, limit)
+        else:
+            word = "min_agreement" if same else "min_agreement_across_profiles"
+            yield _not_run(f"{row.a} and {row.b} agree", None, f"the budget has no {word}")
 
 
 def _agreement(row: Agreement, limit: float) -> Check:
@@ -222,12 +244,22 @@ def _against_baseline(
             yield _open(label, None, "the baseline has no such artifact: accept a new one")
             continue
         if budget.max_drop_pp is not None:
-            same = report.data.evaluation == baseline.data.evaluation
+            same = _same_images(report, baseline)
             yield _baseline_drop(f"{label}: drop", row, base, budget.max_drop_pp, same=same)
         if budget.max_size_ratio is not None:
             yield _size(f"{label}: size", row, base, budget.max_size_ratio, "the baseline")
         if budget.max_latency_ratio is not None:
-            yield _baseline_latency(f"{label}: latency", row, base, budget.max_latency_ratio, clock)
+            name, limit = f"{label}: latency", budget.max_latency_ratio
+            if report.host.cpu != baseline.host.cpu or row.profile != base.profile:
+                yield _open(name, limit, "the baseline was measured on another CPU or profile")
+            else:
+                yield _baseline_latency(name, row, base, limit, clock)
+
+
+def _same_images(report: Report, baseline: Report) -> bool:
+    """Tell by hash: where the images lie may differ between machines."""
+    now, before = report.data.evaluation, baseline.data.evaluation
+    return now is not None and before is not None and now.sha256 == before.sha256
 
 
 def _baseline_drop(
@@ -235,7 +267,7 @@ def _baseline_drop(
 ) -> Check:
     now, before = row.accuracy.correct_bits, base.accuracy.correct_bits
     if now is None:
-        return _not_run(name, limit, row.accuracy.reason)
+        return _unmeasured(name, limit, row.accuracy)
     if before is None:
         return _open(name, limit, f"the baseline did not measure it: {base.accuracy.reason}")
     if not same or row.accuracy.n is None:
@@ -255,12 +287,12 @@ def _unpacked(bits: str, n: int) -> NDArray[np.bool_]:
 def _baseline_latency(
     name: str, row: ArtifactRow, base: ArtifactRow, limit: float, clock: str
 ) -> Check:
-    """Compare int8 / float ratios: they hold between machines and hours, milliseconds do not."""
+    """Compare int8 / float ratios: they hold between busy and quiet hours, milliseconds do not."""
     pairs = [
         (now, before)
         for now in row.latency
         for before in base.latency
-        if now.device == before.device
+        if (now.device, now.threads) == (before.device, before.threads)
     ]
     for now, before in pairs:
         ratio, interval = _ratio(now, clock)
@@ -277,8 +309,9 @@ def _baseline_latency(
         )
         value = ratio / ratio_before
         return Check(name=name, outcome=outcome, value=value, limit=limit, why=why)
-    if all(latency.outcome != "measured" for latency in row.latency):
-        return _not_run(name, limit, next((x.reason for x in row.latency), None))
+    unmeasured = [latency for latency in row.latency if latency.outcome != "measured"]
+    if unmeasured and len(unmeasured) == len(row.latency):
+        return _unmeasured(name, limit, unmeasured[0])
     return _open(name, limit, "the baseline has no latency on this device: accept a new one")
 
 
@@ -291,6 +324,14 @@ def _ratio(latency: Latency, clock: str) -> tuple[float | None, tuple[float, flo
 def _not_run(name: str, limit: float | None, reason: str | None) -> Check:
     why = reason or "not measured"
     return Check(name=name, outcome="not_run", value=None, limit=limit, why=why)
+
+
+def _unmeasured(name: str, limit: float | None, result: Accuracy | Latency) -> Check:
+    """Answer for a result that is not there: what failed fails, what was not run is not_run."""
+    if result.outcome == "failed":
+        why = f"failed: {result.reason}"
+        return Check(name=name, outcome="fail", value=None, limit=limit, why=why)
+    return _not_run(name, limit, result.reason)
 
 
 def _open(name: str, limit: float | None, why: str) -> Check:

@@ -122,7 +122,7 @@ class DeviceInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One artifact to time. `runtime` and `path` are None for the null job: the harness alone."""
+    """One artifact to time. `path` is None for the null job: the harness alone."""
 
     label: str
     runtime: str
@@ -245,6 +245,25 @@ def check_expressible(wanted: Export, known: Runtime) -> None:
             )
 
 
+def run_padded(session: Session, images: Image, batch: int) -> Logits:
+    """Run up to `batch` images through an artifact of that fixed batch.
+
+    Args:
+        session: A loaded artifact.
+        images: float32 (N, C, H, W), 1 <= N <= batch; the last one is repeated to fill up.
+        batch: What the artifact takes.
+
+    Returns:
+        Logits of the N images, float32 (N, classes): a copy, for a runtime may hand out the same
+        buffer every time.
+    """
+    import numpy as np
+
+    missing = batch - len(images)
+    filled = np.concatenate([images, np.repeat(images[-1:], missing, axis=0)])
+    return np.array(session(filled)[: len(images)], np.float32)
+
+
 def of_suffix(path: Path) -> Runtime:
     """Return the runtime that loads this artifact, by its ending.
 
@@ -266,5 +285,7 @@ def _discover(package: str, attribute: str) -> Iterable[ModuleType]:
     parent = importlib.import_module(package)
     for info in sorted(pkgutil.iter_modules(parent.__path__), key=lambda i: i.name):
         if not info.name.startswith("_"):
-            module = importlib.import_module(f"{package}.{info.name}")
+            # A folder keeps its instance in runtime.py or device.py: every __init__ stays empty.
+            inner = f".{attribute.lower()}" if info.ispkg else ""
+            module = importlib.import_module(f"{package}.{info.name}{inner}")
             yield getattr(module, attribute)

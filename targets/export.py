@@ -7,7 +7,7 @@ and what the runtime says that it executes.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from targets.base import Capabilities, Runtime
 
 STEM = "model"
-PROOF, FILES = "proof.json", "files.json"
 
 
 def export_stage(
@@ -107,14 +106,24 @@ def metadata(model: QuantizedModel, export: Export, capabilities: Capabilities) 
     return json.dumps(document, sort_keys=True)
 
 
-def read_metadata(path: Path) -> tuple[Runtime, Preprocessing, tuple[str, ...] | None]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stated:
+    """What an artifact says of itself; `labels` is None where it carries none."""
+
+    runtime: Runtime
+    preprocessing: Preprocessing
+    labels: tuple[str, ...] | None
+    batch: int
+
+
+def read_metadata(path: Path) -> Stated:
     """Read what an artifact says of itself.
 
     Args:
         path: The artifact.
 
     Returns:
-        Its runtime, its preprocessing and its labels, None where it has none.
+        Its runtime, preprocessing, labels and batch (1 where that is dynamic).
 
     Raises:
         ArtifactError: There is no such artifact, it is damaged, or this project did not make it.
@@ -131,11 +140,16 @@ def read_metadata(path: Path) -> tuple[Runtime, Preprocessing, tuple[str, ...] |
     try:
         document = json.loads(known.read_metadata(path))
         preprocessing = TypeAdapter(Preprocessing).validate_python(document["preprocessing"])
-        labels = document["labels"]
+        labels, batch = document["labels"], document["input"]["shape"][0]
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(
             f"{path} carries no metadata of convnext-edge",
             allowed="an artifact that `convnext-edge export` wrote",
             do="Export it again",
         ) from error
-    return known, preprocessing, tuple(labels) if labels else None
+    return Stated(
+        runtime=known,
+        preprocessing=preprocessing,
+        labels=tuple(labels) if labels else None,
+        batch=batch if isinstance(batch, int) else 1,
+    )

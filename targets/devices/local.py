@@ -35,6 +35,7 @@ ISA_FLAGS = [
     "avx512f",
     "avx512_vnni",
     "avx_vnni",
+    "avx10_1",
     "amx_int8",
     "neon",
     "asimd",

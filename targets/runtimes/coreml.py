@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 WEIGHTED_OPS = ("conv", "linear")
 WEIGHT_CONSTANT = "constexpr_affine_dequantize"
 QUANTIZE_OPS = ("quantize", "dequantize")
-MAX_DYNAMIC_BATCH = 64
 
 
 class CoreMl:

@@ -55,10 +55,11 @@ class Reference:
 
     def prove(self, path: Path, graph: g.Graph) -> Proof:
         """Count in the graph itself, which is what this runtime runs."""
-        kinds = [type(op).__name__ for op in _read(path).ops]
+        read = _read(path)
+        kinds = [type(op).__name__ for op in read.ops]
         return Proof(
             method="operations of the graph, which torch evaluates one by one",
-            integer_layers=graph.integer_layers,
+            integer_layers=read.integer_layers,
             expected_integer_layers=graph.integer_layers,
             weighted_layers=len(graph.weighted),
             transposes_per_block=0.0,

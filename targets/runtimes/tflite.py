@@ -108,9 +108,11 @@ class TfLite:
         """Return a session on the interpreter with its default delegate, XNNPACK."""
         from ai_edge_litert.interpreter import Interpreter
 
-        _load(path)
-        interpreter = Interpreter(model_path=str(path), num_threads=threads)
-        runner = interpreter.get_signature_runner()
+        try:
+            interpreter = Interpreter(model_path=str(path), num_threads=threads)
+            runner = interpreter.get_signature_runner()
+        except (ValueError, RuntimeError) as error:
+            raise _not_tflite(path, error) from error
 
         def run(image: Image) -> Logits:
             nhwc = np.ascontiguousarray(image.transpose(0, 2, 3, 1))
@@ -128,11 +130,15 @@ def _load(path: Path) -> Any:
         assert data[4:8] == IDENTIFIER, "no TFLite identifier"
         return schema.ModelT.InitFromPackedBuf(data)
     except Exception as error:  # flatbuffers reads out of bounds in as many ways as there are bytes
-        raise ArtifactError(
-            f"{path} is not a TFLite file ({type(error).__name__})",
-            allowed="an artifact that `convnext-edge export` wrote",
-            do="Export it again",
-        ) from error
+        raise _not_tflite(path, error) from error
+
+
+def _not_tflite(path: Path, error: Exception) -> ArtifactError:
+    return ArtifactError(
+        f"{path} is not a TFLite file ({type(error).__name__})",
+        allowed="an artifact that `convnext-edge export` wrote",
+        do="Export it again",
+    )
 
 
 class _Emitter:

@@ -196,7 +196,9 @@ def test_a_selection_is_opened_for_its_model(tmp_path: Path) -> None:
     assert len(select(drawn).entries) == 2
 
 
-def test_a_digest_follows_order_and_contents() -> None:
-    assert images.digest(["a", "b"]) == images.digest(iter(["a", "b"]))
-    assert images.digest(["a", "b"]) != images.digest(["b", "a"])
-    assert images.digest(["a", "b"]) != images.digest(["a"])
+def test_a_digest_follows_order_contents_and_labels(tmp_path: Path) -> None:
+    pets = open_images(str(_tree(tmp_path / "a", "cat/1.png", "dog/2.png")), "evaluation")
+    one_class = open_images(str(_tree(tmp_path / "b", "cat/1.png", "cat/2.png")), "evaluation")
+    assert images.digest(pets, ["a", "b"]) == images.digest(pets, ["a", "b"])
+    assert images.digest(pets, ["a", "b"]) != images.digest(pets, ["b", "a"])
+    assert images.digest(pets, ["a", "b"]) != images.digest(one_class, ["a", "b"])

@@ -153,11 +153,30 @@ def test_an_estimate_on_the_limit_is_never_decided() -> None:
 def test_the_ratio_of_medians_lies_in_its_interval() -> None:
     rng = np.random.default_rng(3)
     slow, fast = (2 + rng.random(100)).tolist(), (1 + rng.random(100) / 10).tolist()
-    ratio, low, high = ratio_interval(slow, fast)
+    found = ratio_interval(slow, fast, per_round=5)
+    assert found is not None
+    ratio, low, high = found
     assert ratio == pytest.approx(float(np.median(slow) / np.median(fast)))
     assert low < ratio < high
-    assert ratio_interval(slow, fast) == (ratio, low, high)
+    assert ratio_interval(slow, fast, per_round=5) == (ratio, low, high)
 
 
 def test_the_ratio_of_constants_is_exact() -> None:
-    assert ratio_interval([3.0] * 10, [2.0] * 10) == (1.5, 1.5, 1.5)
+    assert ratio_interval([3.0] * 10, [2.0] * 10, per_round=5) == (1.5, 1.5, 1.5)
+
+
+def test_a_ratio_needs_samples_and_something_to_divide_by() -> None:
+    assert ratio_interval([3.0] * 4, [2.0] * 4, per_round=2) is None
+    assert ratio_interval([3.0] * 10, [0.0] * 10, per_round=5) is None
+
+
+def test_samples_of_one_turn_are_alike_and_widen_the_interval() -> None:
+    # Eight turns of nine: noise that lasts a turn counts as eight observations, not as 72.
+    noise = np.random.default_rng(1).normal(0, 0.1, 8)
+    slow = np.repeat(2 + noise, 9).tolist()
+    fast = [1.0] * 72
+    together = ratio_interval(slow, fast, per_round=9)
+    apart = ratio_interval(slow, fast, per_round=1)
+    assert together is not None
+    assert apart is not None
+    assert together[2] - together[1] > 1.5 * (apart[2] - apart[1])

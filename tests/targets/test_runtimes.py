@@ -144,10 +144,11 @@ def test_batch_is_what_was_asked(
 def test_metadata_comes_back(quantized: Quantized, name: str, tmp_path: Path) -> None:
     target = runtimes()[name]
     path = written(graph_of(quantized, target, "float"), target, quantized[0], tmp_path)
-    found, preprocessing, labels = read_metadata(path)
-    assert found.name == name
-    assert preprocessing == quantized[0].preprocessing
-    assert labels == quantized[0].labels
+    stated = read_metadata(path)
+    assert stated.runtime.name == name
+    assert stated.preprocessing == quantized[0].preprocessing
+    assert stated.labels == quantized[0].labels
+    assert stated.batch == 1
 
 
 @pytest.mark.parametrize("name", RUNTIMES)
@@ -204,3 +205,102 @@ def test_tensorflow_s_reference_kernels_agree_with_the_tflite_artifact(
         nhwc = np.ascontiguousarray(image[None].transpose(0, 2, 3, 1))
         expected = reference(image=nhwc)["logits"]
         assert np.abs(session(image[None]) - expected).max() < 0.02 * np.abs(expected).max()
+
+
+def integers_of_onnx(path: Path) -> dict[str, NDArray[Any]]:
+    import onnx
+
+    tensors = onnx.load(str(path)).graph.initializer
+    found = {t.name: onnx.numpy_helper.to_array(t) for t in tensors}
+    layers = [n.removesuffix(".weight.q") for n in found if n.endswith(".weight.q")]
+    turned = {
+        n: found[f"{n}.weight.q"].T if found[f"{n}.weight.q"].ndim == 2 else found[f"{n}.weight.q"]
+        for n in layers
+    }
+    return {
+        **{f"{n}.weight": turned[n] for n in layers},
+        **{f"{n}.bias": found[f"{n}.bias.q"] for n in layers},
+        **{f"{n}.weight_scale": found[f"{n}.weight.scale"] for n in layers},
+    }
+
+
+def integers_of_tflite(path: Path) -> dict[str, NDArray[Any]]:
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes())
+    kinds = {schema.TensorType.INT8: np.int8, schema.TensorType.INT32: np.int32}
+    found: dict[str, NDArray[Any]] = {}
+    for tensor in model.subgraphs[0].tensors:
+        name = tensor.name.decode()
+        data = model.buffers[tensor.buffer].data
+        if data is None or tensor.type not in kinds or name.startswith("axes"):
+            continue
+        array = np.frombuffer(bytes(data), kinds[tensor.type]).reshape(tensor.shape)
+        if array.ndim == 4:
+            array = array.transpose((3, 0, 1, 2) if array.shape[0] == 1 else (0, 3, 1, 2))
+        found[name] = array
+        if name.endswith(".weight"):
+            found[f"{name}_scale"] = tensor.quantization.scale
+    return found
+
+
+def integers_of_openvino(path: Path) -> dict[str, NDArray[Any]]:
+    import openvino
+
+    found: dict[str, NDArray[Any]] = {}
+    for op in openvino.Core().read_model(path).get_ordered_ops():
+        if op.get_type_name() not in {"Convolution", "GroupConvolution", "MatMul"}:
+            continue
+        scaled = op.input_value(1).get_node()
+        if scaled.get_type_name() != "Multiply":
+            continue
+        integers = scaled.input_value(0).get_node().input_value(0).get_node().data
+        # The layer's name went to the bias addition that reads it.
+        (reader,) = op.output(0).get_target_inputs()
+        name = reader.get_node().get_friendly_name()
+        found[f"{name}.weight"] = integers
+        found[f"{name}.weight_scale"] = scaled.input_value(1).get_node().data
+    return found
+
+
+def integers_of_coreml(path: Path) -> dict[str, NDArray[Any]]:
+    import coremltools as ct
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    model = ct.models.MLModel(str(path), skip_model_load=True)
+    spec = model.get_spec()
+    program = load(spec, spec.specificationVersion, model.weights_dir)
+    found: dict[str, NDArray[Any]] = {}
+    for op in program.functions["main"].operations:
+        if op.op_type == "constexpr_affine_dequantize":
+            name = op.outputs[0].name.removesuffix("_weight")
+            found[f"{name}.weight"] = op.quantized_data.val
+            found[f"{name}.weight_scale"] = op.scale.val
+    return found
+
+
+READERS = {
+    "onnx": integers_of_onnx,
+    "tflite": integers_of_tflite,
+    "openvino": integers_of_openvino,
+    "coreml": integers_of_coreml,
+}
+
+
+@pytest.mark.parametrize("name", sorted(READERS))
+def test_the_file_holds_the_integers_of_the_record(
+    quantized: Quantized, name: str, tmp_path: Path
+) -> None:
+    target = runtimes()[name]
+    graph = graph_of(quantized, target, "w8a8", "all", "full")
+    found = READERS[name](written(graph, target, quantized[0], tmp_path))
+    layers = [layer for layer in graph.weighted if layer.integers is not None]
+    assert len([key for key in found if key.endswith(".weight")]) == len(layers)
+    for layer in layers:
+        assert layer.integers is not None
+        key = layer.name.replace(".", "_") if name == "coreml" else layer.name
+        weight = layer.integers.weight
+        assert (found[f"{key}.weight"].reshape(weight.shape) == weight).all(), layer.name
+        assert (found[f"{key}.weight_scale"].ravel() == layer.integers.weight_scales).all()
+        if f"{key}.bias" in found:
+            assert (found[f"{key}.bias"] == layer.integers.bias).all()

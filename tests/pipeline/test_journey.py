@@ -1,0 +1,117 @@
+"""From a run to a prediction and a verdict, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from calib.images import open_images
+from reports.document import read_report
+
+CLI = [sys.executable, "-P", "-m", "pipeline.cli"]
+RUN = ("run", "--runtimes", "onnx,tflite", "--calibration-images", "32", "--no-bench")
+
+
+def cli(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CLI, *arguments], capture_output=True, text=True, cwd=cwd, check=False)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run of batch 3 in `run`; 50 images do not divide by 3."""
+    folder = tmp_path_factory.mktemp("journey")
+    (folder / "pass.toml").write_text("max_drop_pp = 50\nmax_size_ratio = 0.9\n")
+    (folder / "fail.toml").write_text("max_size_ratio = 0.01\n")
+    (folder / "open.toml").write_text("max_drop_pp = 0.1\n")
+    (folder / "baseline.toml").write_text(
+        "[gate.baseline]\nmax_drop_pp = 50\nmax_size_ratio = 1.01\n"
+    )
+    arguments = (*RUN, "--eval-images", "50", "--batch", "3", "--budget", "pass.toml")
+    done = cli(*arguments, "--out", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_fixed_batch_is_verified_image_by_image(home: Path) -> None:
+    report = read_report(home / "run")
+    assert {row.accuracy.outcome for row in report.artifacts} == {"measured"}
+    assert {row.accuracy.n for row in report.artifacts} == {50}
+    floats = [row.accuracy for row in report.artifacts if row.scheme == "float"]
+    assert {accuracy.agreement_with_float for accuracy in floats} == {1.0}
+
+
+@pytest.mark.parametrize("artifact", ["onnx-w8a8/model.onnx", "tflite-w8a8/model.tflite"])
+def test_predict_names_the_digit(home: Path, artifact: str) -> None:
+    held_out = open_images("digits", "evaluation")
+    entry = held_out.entries[0]
+    (home / "digit.png").write_bytes(held_out.read(entry))
+    done = cli("predict", f"run/artifacts/{artifact}", "digit.png", "--json", cwd=home)
+    assert done.returncode == 0, done.stderr
+    best = json.loads(done.stdout)[0]["classes"][0]
+    assert held_out.classes is not None
+    assert entry.label is not None
+    assert best["label"] == held_out.classes[entry.label]
+    assert best["probability"] > 0.5
+
+
+@pytest.mark.parametrize(
+    ("budget", "code", "word"),
+    [("pass", 0, "pass"), ("fail", 3, "fail"), ("open", 4, "inconclusive")],
+)
+def test_the_gate_says_its_word_by_exit_code(home: Path, budget: str, code: int, word: str) -> None:
+    done = cli("gate", "run", "--budget", f"{budget}.toml", cwd=home)
+    assert done.returncode == code, done.stderr
+    assert done.stdout.rstrip().endswith(f"gate: {word}")
+    assert read_report(home / "run").gate.outcome == word
+    assert word in (home / "run" / "gate.md").read_text()
+    assert "<testsuite" in (home / "run" / "gate.xml").read_text()
+
+
+def test_an_accepted_baseline_is_what_later_runs_are_held_against(home: Path) -> None:
+    without = cli("gate", "run", "--budget", "baseline.toml", cwd=home)
+    assert without.returncode == 4
+    assert cli("gate", "run", "--accept", cwd=home).returncode == 0
+    done = cli("gate", "run", "--budget", "baseline.toml", cwd=home)
+    assert done.returncode == 0, done.stdout
+    (home / "convnext-edge-baseline.json").unlink()
+
+
+def test_another_budget_reruns_only_the_gate(home: Path) -> None:
+    arguments = (*RUN, "--eval-images", "50", "--batch", "3", "--budget", "open.toml")
+    done = cli(*arguments, "--out", "run", cwd=home)
+    assert done.returncode == 0
+    assert "gate: inconclusive" in done.stdout
+    remade = [line for line in done.stderr.splitlines() if line.strip().endswith(" s")]
+    assert {line.split()[0] for line in remade} <= {"data", "pages"}
+
+
+def test_doctor_tells_of_every_runtime(home: Path) -> None:
+    facts = json.loads(cli("doctor", "--json", cwd=home).stdout)
+    names = {row["runtime"] for row in facts["runtimes"]}
+    assert names == {"onnx", "openvino", "tflite", "coreml", "reference"}
+    assert facts["profile"] in {"full", "avx2"}
+
+
+def test_ctrl_c_while_verifying_ends_at_once(home: Path) -> None:
+    command = [*CLI, *RUN, "--out", "interrupted"]
+    process = subprocess.Popen(
+        command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    stages = home / "interrupted" / "stages"
+    deadline = time.monotonic() + 120
+    while not list(stages.glob(".partial-*-verify-onnx-*")):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    assert not list(stages.glob(".partial-*"))
