@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 def print_results(report: Report, out: Path, console: Console) -> None:
     """Print one line per artifact, and where to look further."""
+    from reports.summary import drop_in_points
+
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("artifact")
     for title in ("MB", "top-1", "drop, points (95 %)", "SQNR dB", "ms", "x float"):
@@ -38,7 +40,7 @@ def print_results(report: Report, out: Path, console: Console) -> None:
             name,
             f"{row.size_bytes / 1e6:.2f}",
             _number(accuracy.top1, ".4f"),
-            _drop(accuracy),
+            drop_in_points(accuracy),
             _number(accuracy.sqnr_db, ".1f"),
             _number(latency.wall_p50_ms if latency else None, ".2f"),
             _number(latency.speedup if latency else None, ".2f"),
@@ -55,15 +57,8 @@ def print_results(report: Report, out: Path, console: Console) -> None:
     console.print(f"page:   {out / 'pages' / 'index.html'}", soft_wrap=True, highlight=False)
 
 
-def _drop(accuracy: Accuracy) -> str:
-    if accuracy.drop_pp is None or accuracy.drop_ci95_pp is None:
-        return "-"
-    low, high = accuracy.drop_ci95_pp
-    return f"{accuracy.drop_pp:+.2f} ({low:+.2f} to {high:+.2f})"
-
-
 def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
+    return "—" if value is None else format(value, form)
 
 
 class Display:

@@ -12,14 +12,12 @@ from rich.table import Table
 
 from pipeline import checkpoint
 from pipeline.convnext import count_macs, count_parameters
-from pipeline.sidecar import read_sidecar
+from pipeline.sidecar import DEFAULT_INPUT_SIZE, read_sidecar
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import Console
-
-DEFAULT_INPUT_SIZE = 224
 
 
 def describe(path: Path, input_size: int | None) -> dict[str, Any]:

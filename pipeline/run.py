@@ -30,7 +30,7 @@ from pipeline.records import (
     Preprocessing,
     Proof,
 )
-from pipeline.sidecar import read_sidecar
+from pipeline.sidecar import DEFAULT_INPUT_SIZE, read_sidecar
 from pipeline.stages import Done, Stages
 from pipeline.store import Stage, publish, sha256_file, write_atomic
 from pipeline.worker import end_all
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
 
 EMBEDDED = Path(__file__).parent / "embedded" / "digits.safetensors"
 EMBEDDED_RECIPE = Path(__file__).parent / "embedded" / "recipe.toml"
-DEFAULT_INPUT_SIZE = 224
 
 RECIPE, MODEL, ARTIFACTS = "recipe.json", "model", "artifacts"
 """Places in a run folder, beside stages/, logs/, samples/ and what `pipeline.conclude` writes."""

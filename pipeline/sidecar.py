@@ -18,6 +18,7 @@ from pipeline.records import Preprocessing
 if TYPE_CHECKING:
     from pathlib import Path
 
+DEFAULT_INPUT_SIZE = 224
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 
 

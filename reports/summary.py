@@ -52,8 +52,8 @@ def markdown(report: Report) -> str:
         ratio = next((x.wall_ratio for x in row.latency if x.wall_ratio is not None), None)
         accuracy = row.accuracy
         lines.append(
-            f"| {row.runtime} {row.scheme} | {_percent(accuracy.top1)} | {_drop(accuracy)} "
-            f"| {_percent(accuracy.agreement_with_float)} "
+            f"| {row.runtime} {row.scheme} | {_percent(accuracy.top1)} "
+            f"| {drop_in_points(accuracy)} | {_percent(accuracy.agreement_with_float)} "
             f"| {MISSING if ratio is None else f'{ratio:.2f}'} | {row.size_bytes / 1e6:.2f} MB |"
         )
     lines += ["", "| check | outcome | value | limit | why |", "|---|---|---|---|---|"]
@@ -71,7 +71,8 @@ def _percent(share: float | None) -> str:
     return MISSING if share is None else f"{100 * share:.2f} %"
 
 
-def _drop(accuracy: Accuracy) -> str:
+def drop_in_points(accuracy: Accuracy) -> str:
+    """Write a drop with its interval, or a dash where there is none."""
     if accuracy.drop_pp is None or accuracy.drop_ci95_pp is None:
         return MISSING
     low, high = accuracy.drop_ci95_pp
