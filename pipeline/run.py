@@ -35,6 +35,7 @@ from pipeline.stages import Done, Stages
 from pipeline.store import Stage, publish, sha256_file, write_atomic
 from pipeline.worker import end_all
 from reports import assemble
+from reports.document import REPORT
 from targets import base
 from targets.base import check_expressible
 from targets.devices.local import available_cores, host_isa, isa_flags
@@ -285,7 +286,10 @@ class _Run:
             preprocessing=how,
             parents=parents,
         )
-        publish(quantized.folder, self.out / MODEL, MODEL_FILES)
+        if publish(quantized.folder, self.out / MODEL, MODEL_FILES):
+            # What an earlier model left is not of this one, and must not be taken for it.
+            shutil.rmtree(self.out / ARTIFACTS, ignore_errors=True)
+            (self.out / REPORT).unlink(missing_ok=True)
         return quantized.folder
 
     def _export(self, model: Path) -> list[Artifact]:
@@ -299,16 +303,7 @@ class _Run:
                     for scheme in self._schemes()
                 ]
 
-        made = [item for items in self.stages.side_by_side(export, self.targets) for item in items]
-        self._remove_others(made)
-        return made
-
-    def _remove_others(self, made: Sequence[Artifact]) -> None:
-        """Take away artifacts of an earlier run: they are not of this model."""
-        names = {artifact.name for artifact in made}
-        for folder in (self.out / ARTIFACTS).iterdir():
-            if folder.is_dir() and folder.name not in names:
-                shutil.rmtree(folder)
+        return [item for items in self.stages.side_by_side(export, self.targets) for item in items]
 
     def _artifact(
         self,

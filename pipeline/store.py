@@ -154,7 +154,7 @@ def write_atomic(target: Path, data: bytes) -> None:
         partial.write_bytes(data)
 
 
-def publish(source: Path, target: Path, names: Iterable[str]) -> None:
+def publish(source: Path, target: Path, names: Iterable[str]) -> bool:
     """Copy finished files or folders into a folder that a person looks in, all at once.
 
     Nothing is written where the same contents are there already.
@@ -164,6 +164,9 @@ def publish(source: Path, target: Path, names: Iterable[str]) -> None:
         target: Folder to appear.
         names: What to copy.
 
+    Returns:
+        Whether anything was written.
+
     Raises:
         OutputError: The place cannot be written, or the disk is full.
     """
@@ -171,12 +174,13 @@ def publish(source: Path, target: Path, names: Iterable[str]) -> None:
     if target.is_dir():
         there = {item.name: sha256_file(item) for item in target.iterdir()}
         if there == wanted:
-            return
+            return False
     with writing(target) as partial:
         partial.mkdir()
         for name in wanted:
             copy = shutil.copytree if (source / name).is_dir() else shutil.copyfile
             copy(source / name, partial / name)
+    return True
 
 
 def cannot_write(path: Path | str, error: OSError) -> OutputError:

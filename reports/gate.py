@@ -8,6 +8,7 @@ decide. What was not run never passes: it is not_run, or fails where the budget 
 from __future__ import annotations
 
 import base64
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -46,9 +47,11 @@ def judge(report: Report, budget: Budget, baseline: Report | None = None) -> Gat
     """
     checks = [
         *_required(report, budget),
-        *_answered("max_drop_pp", budget.max_drop_pp, _drops(report, budget)),
-        *_answered("max_size_ratio", budget.max_size_ratio, _sizes(report, budget)),
-        *_answered("max_latency_ratio", budget.max_latency_ratio, _latencies(report, budget)),
+        *_answered("max_drop_pp", budget.max_drop_pp, partial(_drops, report)),
+        *_answered("max_size_ratio", budget.max_size_ratio, partial(_sizes, report)),
+        *_answered(
+            "max_latency_ratio", budget.max_latency_ratio, partial(_latencies, report, budget.clock)
+        ),
         *_agreements(report, budget),
         *_against_baseline(report, budget.baseline, baseline, budget.clock),
     ]
@@ -93,39 +96,40 @@ def _missing(report: Report, budget: Budget, runtime: str) -> Iterator[str]:
                 yield f"{row.scheme}: {result.outcome}, {result.reason}"
 
 
-def _answered(name: str, limit: float | None, checks: Iterable[Check]) -> Iterator[Check]:
-    """Pass the checks of one limit on; where none of them was run, the question stays open."""
+def _answered(
+    name: str, limit: float | None, ask: Callable[[float], Iterable[Check]]
+) -> Iterator[Check]:
+    """Ask for one limit's checks; where none of them was run, the question stays open."""
     if limit is None:
         return
-    asked = list(checks)
-    yield from asked
-    if all(check.outcome == "not_run" for check in asked):
+    checks = list(ask(limit))
+    yield from checks
+    if all(check.outcome == "not_run" for check in checks):
         yield _open(name, limit, "asked, and nothing in the report answers it")
 
 
-def _drops(report: Report, budget: Budget) -> Iterator[Check]:
+def _drops(report: Report, limit: float) -> Iterator[Check]:
     for row in _quantized(report):
         name, result = f"{row.runtime} {row.scheme} drop", row.accuracy
-        limit = budget.max_drop_pp
-        if result.lost is None or result.gained is None or result.n is None or limit is None:
+        if result.lost is None or result.gained is None or result.n is None:
             yield _unmeasured(name, limit, result)
         else:
             against = "the float model"
             yield paired_check(name, result.lost, result.gained, result.n, limit, against)
 
 
-def _sizes(report: Report, budget: Budget) -> Iterator[Check]:
+def _sizes(report: Report, limit: float) -> Iterator[Check]:
     floats = {row.runtime: row for row in report.artifacts if row.scheme == "float"}
     for row in _quantized(report):
         name = f"{row.runtime} {row.scheme} size"
-        yield _size(name, row, floats.get(row.runtime), budget.max_size_ratio or 0, "float")
+        yield _size(name, row, floats.get(row.runtime), limit, "float")
 
 
-def _latencies(report: Report, budget: Budget) -> Iterator[Check]:
+def _latencies(report: Report, clock: str, limit: float) -> Iterator[Check]:
     for row in _quantized(report):
         for latency in row.latency:
             name = f"{row.runtime} {row.scheme} latency on {latency.device}"
-            yield _latency(name, latency, budget.max_latency_ratio or 0, budget.clock)
+            yield _latency(name, latency, limit, clock)
 
 
 def paired_check(name: str, lost: int, gained: int, n: int, limit_pp: float, against: str) -> Check:

@@ -1,4 +1,4 @@
-"""A new runtime and a new device are one new file each: dropped in, they go through `run`."""
+"""A new runtime is one new file, a new device one file or folder: they go through `run`."""
 
 from __future__ import annotations
 
@@ -100,7 +100,10 @@ def test_one_file_each_goes_through_run(tmp_path: Path) -> None:
     for package in PACKAGES:
         shutil.copytree(ROOT / package, tree / package)
     (tree / "targets" / "runtimes" / "fake.py").write_text(RUNTIME)
-    (tree / "targets" / "devices" / "toaster.py").write_text(DEVICE)
+    toaster = tree / "targets" / "devices" / "toaster"
+    toaster.mkdir()
+    (toaster / "__init__.py").touch()
+    (toaster / "device.py").write_text(DEVICE)
     out = tmp_path / "run"
     command = [sys.executable, "-P", "-m", "pipeline.cli", "run", "--runtimes", "fake"]
     command += ["--device", "toaster", "--eval-images", "40", "--out", str(out)]

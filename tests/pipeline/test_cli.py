@@ -8,11 +8,9 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import struct
 import subprocess
 import sys
-import time
 import zipfile
 import zlib
 from pathlib import Path
@@ -419,59 +417,3 @@ def test_says_a_mistake_in_one_line(case: Case, tmp_path: Path, exported: Path) 
     assert not list(tmp_path.rglob(".partial-*"))
     assert not (place.out / "artifacts").exists()
     assert not (tmp_path / "marker").exists(), "the pickle's code ran"
-
-
-# --- Ctrl-C -------------------------------------------------------------------------------------
-
-
-def _wait_until(true: Callable[[], object], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not true():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.02)
-    return True
-
-
-def _workers(out: Path) -> list[str]:
-    """The processes whose standard error is a log of this run folder."""
-    logs = str((out / "logs").resolve())
-    found = []
-    for process in Path("/proc").iterdir():
-        try:
-            if str((process / "fd" / "2").readlink()).startswith(logs):
-                found.append(process.name)
-        except OSError:
-            continue
-    return found
-
-
-@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="looks for workers in /proc")
-def test_ctrl_c_ends_everything_and_the_same_command_resumes(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        [*CLI, "run", "--out", str(out), "--no-bench", *FEW],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        assert _wait_until(lambda: list(out.glob("stages/checkpoint-*")), 60)
-        assert _wait_until(lambda: _workers(out), 60), "the next worker has not started"
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        process.wait()
-
-    assert process.returncode == INTERRUPTED, stderr
-    assert "Traceback" not in stdout + stderr
-    assert "interrupted" in stderr
-    assert _wait_until(lambda: not list(out.rglob(".partial-*")), 5)
-    assert _wait_until(lambda: not _workers(out), 5)
-
-    again = _run(["quantize", "--out", out, *FEW], tmp_path)
-    assert again.returncode == 0, again.stderr
-    assert "2 stages made, 1 reused" in again.stdout
-    assert (out / "model" / "params.json").is_file()

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -99,19 +96,15 @@ def test_doctor_tells_of_every_runtime(home: Path) -> None:
     assert facts["profile"] in {"full", "avx2"}
 
 
-def test_ctrl_c_while_verifying_ends_at_once(home: Path) -> None:
-    command = [*CLI, *RUN, "--out", "interrupted"]
-    process = subprocess.Popen(
-        command, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    stages = home / "interrupted" / "stages"
-    deadline = time.monotonic() + 120
-    while not list(stages.glob(".partial-*-verify-onnx-*")):
-        assert process.poll() is None, process.stderr and process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=10)
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    assert not list(stages.glob(".partial-*"))
+def test_a_second_runtime_joins_the_first_in_one_folder(home: Path) -> None:
+    for runtime in ("onnx", "tflite"):
+        arguments = ("export", "--runtimes", runtime, "--calibration-images", "32")
+        done = cli(*arguments, "--out", "joined", cwd=home)
+        assert done.returncode == 0, done.stderr
+    folders = {folder.name for folder in (home / "joined" / "artifacts").iterdir()}
+    assert folders == {"onnx-float", "onnx-w8a8", "tflite-float", "tflite-w8a8"}
+    # Another model, and what is not of it goes.
+    arguments = ("export", "--runtimes", "onnx", "--calibration-images", "16")
+    assert cli(*arguments, "--out", "joined", cwd=home).returncode == 0
+    folders = {folder.name for folder in (home / "joined" / "artifacts").iterdir()}
+    assert folders == {"onnx-float", "onnx-w8a8"}
