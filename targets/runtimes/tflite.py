@@ -156,6 +156,7 @@ class _Emitter:
         self.codes: dict[str, int] = {}
         self.floats: dict[str, int] = {}
         self.int8s: dict[str, int] = {}
+        self.parameters: dict[int, Quantization] = {}
 
     def model(self, metadata: str) -> bytes:
         import flatbuffers
@@ -277,11 +278,13 @@ class _Emitter:
 
     def _quantize(self, op: g.QuantizePair) -> None:
         source = op.inputs[0]
-        if source in self.int8s and source not in self.floats:
+        if source in self.int8s and self.parameters[self.int8s[source]] == op.parameters:
             self.int8s[op.name] = self.int8s[source]
             return
+        # Of another grid, or of none yet: QUANTIZE takes both.
+        given = self.int8s[source] if source in self.int8s else self._float(source)
         out = self._int8_tensor(op.name, op.shape, op.parameters)
-        self._operator("QUANTIZE", [self._float(source)], [out], self._options("QuantizeOptions"))
+        self._operator("QUANTIZE", [given], [out], self._options("QuantizeOptions"))
         self.int8s[op.name] = out
 
     def _float(self, name: str) -> int:
@@ -332,14 +335,11 @@ class _Emitter:
     def _signature(self, image: int, logits: int) -> Any:
         signature = self.schema.SignatureDefT()
         signature.signatureKey, signature.subgraphIndex = "serving_default", 0
-        signature.inputs = [self._entry(INPUT_NAME, image)]
-        signature.outputs = [self._entry(OUTPUT_NAME, logits)]
+        entries = [self.schema.TensorMapT() for _ in range(2)]
+        entries[0].name, entries[0].tensorIndex = INPUT_NAME, image
+        entries[1].name, entries[1].tensorIndex = OUTPUT_NAME, logits
+        signature.inputs, signature.outputs = entries[:1], entries[1:]
         return signature
-
-    def _entry(self, name: str, tensor: int) -> Any:
-        entry = self.schema.TensorMapT()
-        entry.name, entry.tensorIndex = name, tensor
-        return entry
 
     def _nhwc(self, shape: g.Shape) -> list[int]:
         return [self.batch, *shape[1:], shape[0]]
@@ -358,9 +358,11 @@ class _Emitter:
         quantization = self.schema.QuantizationParametersT()
         quantization.scale = np.array([parameters.scale], np.float32)
         quantization.zeroPoint = np.array([parameters.zero_point], np.int64)
-        return self._tensor(
+        tensor = self._tensor(
             f"{name}.q", self._nhwc(shape), self.schema.TensorType.INT8, quantization=quantization
         )
+        self.parameters[tensor] = parameters
+        return tensor
 
     def _constant(
         self, name: str, value: NDArray[Any] | np.generic, quantization: Any = None

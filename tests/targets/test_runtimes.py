@@ -304,3 +304,98 @@ def test_the_file_holds_the_integers_of_the_record(
         assert (found[f"{key}.weight_scale"].ravel() == layer.integers.weight_scales).all()
         if f"{key}.bias" in found:
             assert (found[f"{key}.bias"] == layer.integers.bias).all()
+
+
+Scales = dict[str, tuple[float, int]]
+
+
+def scales_of_onnx(path: Path) -> Scales:
+    import onnx
+
+    model = onnx.load(str(path)).graph
+    constants = {t.name: onnx.numpy_helper.to_array(t) for t in model.initializer}
+    quantizers = [node for node in model.node if node.op_type == "QuantizeLinear"]
+    return {
+        node.name.removesuffix(".q"): (
+            float(constants[node.input[1]]),
+            int(constants[node.input[2]]) - 128,
+        )
+        for node in quantizers
+    }
+
+
+def scales_of_openvino(path: Path) -> Scales:
+    import openvino
+
+    found: Scales = {}
+    for op in openvino.Core().read_model(path).get_ordered_ops():
+        if op.get_type_name() == "FakeQuantize":
+            ends = [float(op.input_value(i).get_node().data.ravel()[0]) for i in range(1, 5)]
+            assert ends[:2] == ends[2:]
+            scale = (ends[1] - ends[0]) / 255
+            found[op.get_friendly_name()] = (scale, round(-128 - ends[0] / scale))
+    return found
+
+
+def scales_of_tflite(path: Path) -> Scales:
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = schema.ModelT.InitFromPackedBuf(path.read_bytes())
+    return {
+        tensor.name.decode().removesuffix(".q"): (
+            float(tensor.quantization.scale[0]),
+            int(tensor.quantization.zeroPoint[0]),
+        )
+        for tensor in model.subgraphs[0].tensors
+        if tensor.name.endswith(b".q")
+    }
+
+
+def scales_of_coreml(path: Path) -> Scales:
+    import coremltools as ct
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    model = ct.models.MLModel(str(path), skip_model_load=True)
+    spec = model.get_spec()
+    program = load(spec, spec.specificationVersion, model.weights_dir)
+    found: Scales = {}
+    for op in program.functions["main"].operations:
+        if op.op_type == "quantize":
+            # coremltools turns int8 with zero point -128 into uint8 with 0, which it leaves out.
+            zero_point = int(op.zero_point.val) if op.zero_point is not None else 0
+            unsigned = op.output_dtype.val == "uint8"
+            found[op.outputs[0].name] = (float(op.scale.val), zero_point - 128 * unsigned)
+    return found
+
+
+SCALE_READERS = {
+    "onnx": scales_of_onnx,
+    "tflite": scales_of_tflite,
+    "openvino": scales_of_openvino,
+    "coreml": scales_of_coreml,
+}
+
+
+@pytest.mark.parametrize("name", sorted(SCALE_READERS))
+def test_the_file_holds_the_scales_of_the_record(
+    quantized: Quantized, name: str, tmp_path: Path
+) -> None:
+    target = runtimes()[name]
+    graph = graph_of(quantized, target, "w8a8", "all", "full")
+    found = SCALE_READERS[name](written(graph, target, quantized[0], tmp_path))
+    if name == "coreml":
+        # coremltools renames an operation now and then, and keeps their order.
+        found = dict(zip(graph.sites, found.values(), strict=True))
+    used = set()
+    for site in graph.sites:
+        # TFLite names a tensor after the layer that writes it, and sites of equal grids share one.
+        key = site
+        while key not in found:
+            key = graph[key].inputs[0]
+        used.add(key)
+        expected = quantized[0].sites[site]
+        scale, zero_point = found[key]
+        assert zero_point == expected.zero_point, site
+        # OpenVINO is given the ends of the range in float32 and derives the scale from them.
+        assert scale == pytest.approx(expected.scale, rel=1e-6 if name == "openvino" else 0)
+    assert used == set(found)

@@ -1,0 +1,55 @@
+"""What follows from logits, by hand."""
+
+from __future__ import annotations
+
+import base64
+
+import numpy as np
+import pytest
+
+from pipeline.records import Export
+from pipeline.statistics import paired_difference_interval
+from pipeline.verify import agreement, compare
+
+LABELS = np.array([0, 1, 2, 0, 1])
+FLOAT = np.eye(3, dtype=np.float32)[[0, 1, 2, 1, 0]]  # right, right, right, wrong, wrong
+OTHER = np.eye(3, dtype=np.float32)[[0, 2, 0, 0, 0]]  # right, lost, lost, gained, wrong
+
+
+def _export(runtime: str) -> Export:
+    return Export(
+        runtime=runtime,
+        scheme="w8a8",
+        placement="pointwise",
+        graph_form="one",
+        gelu="erf",
+        profile="full",
+    )
+
+
+def test_a_drop_is_what_was_lost_less_what_was_gained() -> None:
+    found = compare(FLOAT, OTHER, LABELS)
+    assert (found.n, found.lost, found.gained) == (5, 2, 1)
+    assert found.top1 == pytest.approx(2 / 5)
+    assert found.drop_pp == pytest.approx(100 * 1 / 5)
+    low, high = paired_difference_interval(2, 1, 5)
+    assert found.drop_ci95_pp == pytest.approx((100 * low, 100 * high))
+    assert found.agreement_with_float == pytest.approx(2 / 5)
+    # Three rows differ, each in two values by 1; the signal is five ones.
+    assert found.sqnr_db == pytest.approx(10 * np.log10(5 / 6))
+    bits = np.frombuffer(base64.b64decode(str(found.correct_bits)), np.uint8)
+    assert np.unpackbits(bits, count=5).tolist() == [1, 0, 0, 1, 0]
+
+
+def test_the_same_logits_lose_nothing_and_have_no_noise() -> None:
+    found = compare(FLOAT, FLOAT, LABELS)
+    assert (found.lost, found.gained, found.drop_pp) == (0, 0, 0)
+    assert found.agreement_with_float == 1
+    assert found.sqnr_db is None
+
+
+def test_agreement_is_of_the_labels_and_of_the_largest_difference() -> None:
+    found = agreement((_export("onnx"), FLOAT), (_export("tflite"), 3 * OTHER))
+    assert (found.a, found.b, found.n) == ("onnx", "tflite", 5)
+    assert found.top1_agreement == pytest.approx(2 / 5)
+    assert found.max_abs_logit_diff == pytest.approx(3)
