@@ -5,10 +5,13 @@ pixels in [0, 255], without LayerScale and, behind the stem, without an affine i
 (the stem's writes the residual stream itself, which no single layer reads).
 
     normalisation -> stem        W' = W / (255 sd)      b' = b - sum W mu / sd
+    GRN's shift   -> pw2                                b' = b + W beta
     LayerScale    -> pw2         W' = diag(l) W         b' = l b
     LayerNorm     -> what reads  W' = W diag(gamma)     b' = b + W beta   (2x2: over its four taps)
 
-All are computed in float64 and rounded once. The first is exact because the stem has no padding.
+All are computed in float64 and rounded once. The first is exact where the stem has no padding; an
+overlapping stem pads, so there only sd goes into the weights and the mean stays an operation. A
+head that normalises before it pools folds alike: the mean of an affine is the affine of the mean.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pipeline.convnext import Block, ConvNeXt, Downsample, LayerScale, empty
+from pipeline.convnext import Block, ConvNeXt, Downsample, LayerScale, ResponseNorm, empty
 
 if TYPE_CHECKING:
     from pipeline.records import Preprocessing
@@ -38,13 +41,15 @@ def fold(model: ConvNeXt, preprocessing: Preprocessing) -> ConvNeXt:
     """
     dtype = next(model.parameters()).dtype
     tensors = {name: tensor.to(torch.float64) for name, tensor in model.state_dict().items()}
-    _fold_normalisation(tensors, preprocessing)
-    _fold_norm(tensors, "head.norm", "head.fc")
+    _fold_normalisation(tensors, preprocessing, padded=model.architecture.stem != "patch")
+    _fold_norm(tensors, "head.norm", "head.hidden" if model.architecture.head_width else "head.fc")
     for name, module in model.named_modules():
         if isinstance(module, Downsample):
             _fold_norm(tensors, f"{name}.norm", f"{name}.conv")
         elif isinstance(module, Block):
             _fold_norm(tensors, f"{name}.norm", f"{name}.pw1")
+            if isinstance(module.grn, ResponseNorm):
+                _fold_shift(tensors, f"{name}.grn.bias", f"{name}.pw2")
             if isinstance(module.scale, LayerScale):
                 _fold_scale(tensors, f"{name}.scale", f"{name}.pw2")
     folded = empty(model.architecture, folded=True).to_empty(device="cpu").to(dtype)
@@ -52,21 +57,33 @@ def fold(model: ConvNeXt, preprocessing: Preprocessing) -> ConvNeXt:
     return folded.eval()
 
 
-def _fold_normalisation(tensors: Tensors, preprocessing: Preprocessing) -> None:
-    mean = torch.tensor(preprocessing.mean, dtype=torch.float64)[:, None, None]
+def _fold_normalisation(tensors: Tensors, preprocessing: Preprocessing, *, padded: bool) -> None:
+    mean = torch.tensor(preprocessing.mean, dtype=torch.float64)
     std = torch.tensor(preprocessing.std, dtype=torch.float64)[:, None, None]
     weight = tensors["stem.conv.weight"] / std
-    tensors["stem.conv.bias"] = tensors["stem.conv.bias"] - (weight * mean).sum(dim=(1, 2, 3))
+    if padded:
+        tensors["stem.centre.bias"] = -255 * mean
+    else:
+        summed = (weight * mean[:, None, None]).sum(dim=(1, 2, 3))
+        tensors["stem.conv.bias"] = tensors["stem.conv.bias"] - summed
     tensors["stem.conv.weight"] = weight / 255
 
 
 def _fold_norm(tensors: Tensors, norm: str, reader: str) -> None:
-    gamma, beta = tensors.pop(f"{norm}.weight"), tensors.pop(f"{norm}.bias")
+    _fold_shift(tensors, f"{norm}.bias", reader)
+    gamma, weight = tensors.pop(f"{norm}.weight"), tensors[f"{reader}.weight"]
+    tensors[f"{reader}.weight"] = weight * _across(gamma, weight.ndim)
+
+
+def _fold_shift(tensors: Tensors, shift: str, reader: str) -> None:
     weight = tensors[f"{reader}.weight"]
-    across = (1, -1, *[1] * (weight.ndim - 2))
-    summed = (weight * beta.reshape(across)).flatten(1).sum(dim=1)
+    summed = (weight * _across(tensors.pop(shift), weight.ndim)).flatten(1).sum(dim=1)
     tensors[f"{reader}.bias"] = tensors[f"{reader}.bias"] + summed
-    tensors[f"{reader}.weight"] = weight * gamma.reshape(across)
+
+
+def _across(values: Tensor, ndim: int) -> Tensor:
+    """Reshape (in,) so that it broadcasts along a weight's second axis."""
+    return values.reshape(1, -1, *[1] * (ndim - 2))
 
 
 def _fold_scale(tensors: Tensors, scale: str, writer: str) -> None:

@@ -21,18 +21,17 @@ from pipeline.arithmetic import (
     quantize_weight,
     weight_scales,
 )
-from pipeline.convnext import ConvNeXt, layers, sites
+from pipeline.convnext import ConvNeXt, layers
 from pipeline.errors import ArtifactError
 from pipeline.fold import fold
 from pipeline.records import (
     PROFILES,
-    Layer,
     Preprocessing,
     QuantizedModel,
     Range,
-    Role,
     to_json,
 )
+from pipeline.trace import inputs_of_layers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -89,26 +88,6 @@ def quantize(
         parents=dict(parents),
     )
     return record, arrays
-
-
-def inputs_of_layers(model: ConvNeXt) -> dict[str, str]:
-    """Return, for every weighted layer, the name of the site that it reads."""
-    role_of = {
-        Layer.STEM: Role.IMAGE,
-        Layer.DEPTHWISE: Role.DW_IN,
-        Layer.PW1: Role.LN_OUT,
-        Layer.PW2: Role.GELU_OUT,
-        Layer.DOWNSAMPLE: Role.DOWNSAMPLE_IN,
-        Layer.HEAD: Role.HEAD_IN,
-    }
-    known = {name for name, _ in sites(model)}
-    reads = {}
-    for name, kind, _ in layers(model):
-        reads[name] = f"{name.rpartition('.')[0]}.{role_of[kind]}"
-        if reads[name] not in known:
-            msg = f"layer {name} reads no site"
-            raise AssertionError(msg)
-    return reads
 
 
 def quantize_stage(

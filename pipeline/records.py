@@ -41,7 +41,11 @@ Scheme = Literal["float", "w8a8"]
 Profile = Literal["full", "avx2"]
 Isa = Literal["avx2", "vnni", "arm"]
 Kind = Literal["device", "host", "emulated", "interpreted"]
-Interpolation = Literal["nearest", "bilinear", "bicubic"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+CropMode = Literal["center", "squash"]
+Weights = Literal["auto", "model", "ema"]
+
+IMAGE_CHANNELS = (1, 3)
 
 SCHEMES: tuple[Scheme, ...] = ("float", "w8a8")
 PROFILES: tuple[Profile, ...] = ("full", "avx2")
@@ -53,9 +57,26 @@ PROFILE_OF_ISA: dict[Isa, Profile] = {"avx2": "avx2", "vnni": "full", "arm": "fu
 
 @_record
 class Architecture:
-    """The shape of a ConvNeXt, as its tensors give it.
+    """The shape of a ConvNeXt or ConvNeXt V2, as its tensors give it.
 
-    `norm_eps` is kept because it differs between dialects and cannot be read off the tensors.
+    Attributes:
+        depths: Blocks per stage.
+        dims: Channels per stage.
+        classes: Length of the logits.
+        layer_scale: Whether each block scales its branch per channel.
+        in_channels: Of the image.
+        patch: Side and stride of the stem's convolution; an overlapping stem's stride is 4.
+        kernel: Side of the depthwise convolutions.
+        expansion: Hidden channels of a block over its channels.
+        norm_eps: Of every LayerNorm; it differs between dialects and cannot be read off tensors.
+        head_norm_eps: Of the head's LayerNorm where it is another.
+        grn: Whether each block normalises its hidden channels' responses (V2).
+        stem: One patchifying convolution; or two overlapping 3x3 ones, with GELU between or not.
+        stem_width: Channels between an overlapping stem's two convolutions.
+        stem_norm: Whether the stem ends in a LayerNorm; an isotropic network's does not.
+        downsample_first: Whether the first stage downsamples too (timm, patch 2).
+        head_norm_first: Whether the head normalises before it pools.
+        head_width: Hidden channels of a head of two layers.
     """
 
     depths: tuple[PositiveInt, ...]
@@ -67,6 +88,14 @@ class Architecture:
     kernel: PositiveInt = 7
     expansion: PositiveInt = 4
     norm_eps: PositiveFloat = 1e-6
+    head_norm_eps: PositiveFloat | None = None
+    grn: bool = False
+    stem: Literal["patch", "overlap", "overlap_act"] = "patch"
+    stem_width: PositiveInt | None = None
+    stem_norm: bool = True
+    downsample_first: bool = False
+    head_norm_first: bool = False
+    head_width: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _stages_agree(self) -> Architecture:
@@ -75,34 +104,73 @@ class Architecture:
                 f"depths {self.depths} and dims {self.dims} must name the same stages, at least one"
             )
             raise ValueError(msg)
+        if (self.stem == "patch") != (self.stem_width is None):
+            msg = f"stem {self.stem} with stem_width {self.stem_width}"
+            raise ValueError(msg)
         return self
+
+    def reduction(self, stage: int) -> int:
+        """Pixels of the image per pixel of a stage."""
+        stem: int = self.patch if self.stem == "patch" else 4
+        halvings: int = stage + self.downsample_first
+        return stem << halvings
 
     @property
     def stride(self) -> int:
         """Pixels of the image per pixel of the last stage: the input size must be a multiple."""
-        stride: int = self.patch * 2 ** (len(self.depths) - 1)
-        return stride
+        return self.reduction(len(self.depths) - 1)
 
 
 @_record
 class Preprocessing:
     """How an image file becomes the network's input; the same for calibration and evaluation.
 
-    `crop_ratio` is the centre crop's side over the resized shorter side; `mean` and `std` are in
-    units of pixels in [0, 1] and are folded into the stem, so an artifact takes pixels in [0, 255].
+    Attributes:
+        input_size: Side of the network's square input, in pixels.
+        crop_ratio: The centre crop's side over the resized shorter side.
+        resize_size: That shorter side in pixels; None: floor(input_size / crop_ratio).
+        crop_mode: `center` keeps the aspect ratio and crops; `squash` resizes both sides to
+            input_size and crops nothing.
+        interpolation: Of the resize.
+        antialias: Whether shrinking filters (Pillow's resize); otherwise torch's interpolate.
+        mean: Per channel, of pixels in [0, 1]: three of RGB, or one of grey.
+        std: As mean. Both are folded into the stem, so an artifact takes pixels in [0, 255].
     """
 
     input_size: PositiveInt
     crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
+    resize_size: PositiveInt | None = None
+    crop_mode: CropMode = "center"
     interpolation: Interpolation = "bicubic"
     antialias: bool = True
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[PositiveFloat, ...] = (0.229, 0.224, 0.225)
+
+    @model_validator(mode="after")
+    def _channels_agree(self) -> Preprocessing:
+        if len(self.mean) != len(self.std) or len(self.mean) not in IMAGE_CHANNELS:
+            msg = f"mean {self.mean} and std {self.std} must have three numbers each, or one"
+            raise ValueError(msg)
+        return self
+
+    @property
+    def shorter_side(self) -> int:
+        """What the image's shorter side is resized to before the centre is cropped, in pixels."""
+        # 224 / (224 / 236) is a little less than 236 in binary.
+        return self.resize_size or int(self.input_size / self.crop_ratio + 1e-6)
+
+    @property
+    def channels(self) -> int:
+        """3 for RGB, 1 for grey."""
+        return len(self.mean)
 
 
 @_record
 class Checkpoint:
-    """What a checkpoint file holds; its tensors lie beside it under canonical names."""
+    """What a checkpoint holds; its tensors lie beside it under canonical names.
+
+    `found_in` says where in the file they were, where something wraps them.
+    """
 
     path: str
     sha256: str
@@ -110,16 +178,29 @@ class Checkpoint:
     architecture: Architecture
     variant: str
     labels: tuple[str, ...] | None = None
+    found_in: str | None = None
 
 
 @_record
 class Selection:
-    """Which images of a source serve a purpose: `n` drawn with `seed`, or all of them."""
+    """Which images of a source serve a purpose: `n` drawn with `seed`, or all of them.
+
+    Attributes:
+        where: The source.
+        purpose: What the images are for.
+        n: How many; None is all.
+        seed: Of the draw.
+        label_file: Labels of a flat folder's images; None where the source has its own.
+        class_order: The data's class names in the order of the model's logits: a file with one
+            per line, or `sorted`; None matches by name.
+    """
 
     where: str
     purpose: Literal["calibration", "evaluation"]
     n: PositiveInt | None
     seed: int
+    label_file: str | None = None
+    class_order: str | None = None
 
 
 # --- calibration ----------------------------------------------------------------------------------
@@ -129,16 +210,21 @@ class Role(StrEnum):
     """What a site is to the operations around it (the contract's list of sites)."""
 
     IMAGE = "image"
+    STEM_MID = "stem_mid"
+    STEM_IN = "stem_in"
     STEM_OUT = "stem_out"
     DW_IN = "dw_in"
     DW_OUT = "dw_out"
     LN_OUT = "ln_out"
     GELU_IN = "gelu_in"
     GELU_OUT = "gelu_out"
+    GRN_OUT = "grn_out"
     RES_OUT = "res_out"
     DOWNSAMPLE_IN = "downsample_in"
     DOWNSAMPLE_OUT = "downsample_out"
     HEAD_IN = "head_in"
+    HEAD_MID = "head_mid"
+    HEAD_HIDDEN = "head_hidden"
 
 
 class Layer(StrEnum):

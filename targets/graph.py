@@ -112,6 +112,24 @@ class Norm(Op):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseNorm(Op):
+    """GRN: x (1 + weight n), n each channel's norm over the image by the mean norm; float.
+
+    `weight` is (channels,) float32; its shift is folded into the layer that follows.
+    """
+
+    eps: float
+    weight: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shift(Op):
+    """A constant per channel added, in float; `bias` is (channels,) float32."""
+
+    bias: NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gelu(Op):
     """GELU; each runtime's Capabilities say whether by tanh or by erf."""
 
@@ -208,18 +226,13 @@ def _trace(
     from torch.fx.passes.shape_prop import ShapeProp
 
     from pipeline import convnext
-
-    leaves = (convnext.Site, convnext.ChannelNorm, convnext.Pointwise, convnext.GlobalMean)
-
-    class Tracer(fx.Tracer):
-        def is_leaf_module(self, m: torch.nn.Module, qualified_name: str) -> bool:
-            return isinstance(m, leaves) or super().is_leaf_module(m, qualified_name)
+    from pipeline.trace import trace
 
     model = convnext.empty(architecture, folded=True)
-    graph = Tracer().trace(model)
+    graph, modules = trace(model)
     image = torch.empty(1, architecture.in_channels, input_size, input_size, device="meta")
     ShapeProp(fx.GraphModule(model, graph)).propagate(image)
-    return graph, dict(model.named_modules())
+    return graph, modules
 
 
 class _Translator:
@@ -262,8 +275,6 @@ class _Translator:
         module = self.modules[name]
         base: dict[str, Any] = {"name": name, "inputs": inputs, "shape": shape}
         match type(module).__name__:
-            case "Identity":
-                return inputs[0]
             case "Site":
                 return self._site(node, inputs[0])
             case "Conv2d" | "Pointwise":
@@ -273,6 +284,11 @@ class _Translator:
                 eps = cast("convnext.ChannelNorm", module).eps
                 weight, bias = (self.arrays.get(f"float/{name}.{n}") for n in ("weight", "bias"))
                 return self._put(Norm(**base, eps=eps, weight=weight, bias=bias))
+            case "ResponseNorm":
+                gamma = self.arrays[f"float/{name}.weight"]
+                return self._put(ResponseNorm(**base, eps=convnext.GRN_EPS, weight=gamma))
+            case "Centre":
+                return self._put(Shift(**base, bias=self.arrays[f"float/{name}.bias"]))
             case "GELU":
                 return self._put(Gelu(**base))
             case "GlobalMean":

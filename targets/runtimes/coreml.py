@@ -184,6 +184,10 @@ class _Emitter:
                     epsilon=np.float32(op.eps),
                     name=name,
                 )
+            case g.ResponseNorm():
+                return self._response_norm(op, x[0], name)
+            case g.Shift():
+                return mb.add(x=x[0], y=_per_channel(op.bias), name=name)
             case g.Gelu():
                 mode = "EXACT" if self.graph.export.gelu == "erf" else "TANH_APPROXIMATION"
                 return mb.gelu(x=x[0], mode=mode, name=name)
@@ -198,6 +202,14 @@ class _Emitter:
                 return mb.dequantize(input=q, name=name, **affine)
         msg = f"{type(op).__name__} has no CoreML form"
         raise NotImplementedError(msg)
+
+    def _response_norm(self, op: g.ResponseNorm, x: Any, name: str) -> Any:
+        mb = self.mb
+        response = mb.reduce_l2_norm(x=x, axes=[2, 3], keep_dims=True)
+        mean = mb.reduce_mean(x=response, axes=[1], keep_dims=True)
+        relative = mb.real_div(x=response, y=mb.add(x=mean, y=np.float32(op.eps)))
+        factor = mb.add(x=mb.mul(x=relative, y=_per_channel(op.weight)), y=np.float32(1))
+        return mb.mul(x=x, y=factor, name=name)
 
     def _conv(
         self, op: g.Weighted, x: Any, shape: g.Shape, stride: int, padding: int, groups: int
@@ -226,6 +238,10 @@ class _Emitter:
             name=f"{op.name.replace('.', '_')}_weight",
         )
         return constant, bias
+
+
+def _per_channel(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    return values.reshape(1, -1, 1, 1)
 
 
 RUNTIME = CoreMl()

@@ -183,6 +183,12 @@ class _Emitter:
                 self._linear(op)
             case g.Norm():
                 self._norm(op)
+            case g.ResponseNorm():
+                self._response_norm(op)
+            case g.Shift():
+                bias = self._constant(f"{op.name}.bias", op.bias.reshape(-1, 1, 1))
+                source = self._as(op.inputs[0], "NCHW")
+                self._put(op, "NCHW", self._node("Add", [source, bias], op.name))
             case g.Gelu():
                 self._map(op, "Gelu", approximate=self.graph.export.gelu.replace("erf", "none"))
             case g.Add():
@@ -245,6 +251,21 @@ class _Emitter:
             inputs.append(self._constant(f"{op.name}.bias", op.bias))
         out = self._node("LayerNormalization", inputs, op.name, axis=-1, epsilon=op.eps)
         self._put(op, "rows", out)
+
+    def _response_norm(self, op: g.ResponseNorm) -> None:
+        x, name = self._as(op.inputs[0], "NHWC"), op.name
+        eps, one = (
+            self._constant(f"{name}.{what}", np.float32(value))
+            for what, value in (("eps", op.eps), ("one", 1))
+        )
+        gamma = self._constant(f"{name}.weight", op.weight)
+        response = self._node("ReduceL2", [x, self._axes(1, 2)], f"{name}.response")
+        mean = self._node("ReduceMean", [response, self._axes(-1)], f"{name}.mean")
+        shifted = self._node("Add", [mean, eps], f"{name}.shifted")
+        relative = self._node("Div", [response, shifted], f"{name}.relative")
+        scaled = self._node("Mul", [relative, gamma], f"{name}.scaled")
+        factor = self._node("Add", [scaled, one], f"{name}.factor")
+        self._put(op, "NHWC", self._node("Mul", [x, factor], name))
 
     def _quantize(self, op: g.QuantizePair) -> None:
         scale = self._constant(f"{op.name}.scale", np.float32(op.parameters.scale))

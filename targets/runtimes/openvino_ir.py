@@ -164,6 +164,10 @@ class _Emitter:
                 return ov.add(product, op.values()[1])
             case g.Norm():
                 return self._norm(op, x[0])
+            case g.ResponseNorm():
+                return self._response_norm(op, x[0])
+            case g.Shift():
+                return ov.add(x[0], _per_channel(op.bias))
             case g.Gelu():
                 return ov.gelu(x[0], self.graph.export.gelu)
             case g.Add():
@@ -186,6 +190,14 @@ class _Emitter:
         if op.weight is None or op.bias is None:
             return y
         return ov.add(ov.multiply(y, _per_channel(op.weight)), _per_channel(op.bias))
+
+    def _response_norm(self, op: g.ResponseNorm, x: Any) -> Any:
+        ov = self.ov
+        response = ov.reduce_l2(x, np.array([2, 3]), keep_dims=True)
+        mean = ov.reduce_mean(response, np.array([1]), keep_dims=True)
+        relative = ov.divide(response, ov.add(mean, np.float32(op.eps)))
+        factor = ov.add(ov.multiply(relative, _per_channel(op.weight)), np.float32(1))
+        return ov.multiply(x, factor)
 
     def _conv(
         self, kind: Any, op: g.Weighted, x: Any, shape: g.Shape, stride: int, padding: int

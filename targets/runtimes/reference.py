@@ -150,6 +150,13 @@ def evaluate(graph: g.Graph, image: Image) -> Logits:
                 return y.movedim(-1, 1)
             case g.Gelu():
                 return functional.gelu(x[0], approximate=graph.export.gelu.replace("erf", "none"))
+            case g.ResponseNorm():
+                response = torch.linalg.vector_norm(x[0], dim=(2, 3), keepdim=True)
+                relative = response / (response.mean(dim=1, keepdim=True) + op.eps)
+                factor: torch.Tensor = 1 + relative * tensor(op.weight)[:, None, None]
+                return x[0] * factor
+            case g.Shift():
+                return x[0] + tensor(op.bias)[:, None, None]
             case g.Add():
                 return x[0] + x[1]
             case g.Mean():

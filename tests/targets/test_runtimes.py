@@ -14,6 +14,7 @@ from calib.images import open_images
 from calib.preprocess import batches
 from pipeline import checkpoint
 from pipeline.fold import fold
+from pipeline.locate import locate
 from pipeline.quantize import quantize, write
 from pipeline.records import (
     PROFILE_OF_ISA,
@@ -43,7 +44,7 @@ and the stem's and the downsamples' shared among this small network's six."""
 @pytest.fixture(scope="session")
 def quantized() -> Quantized:
     loaded = checkpoint.load(EMBEDDED)
-    how = Preprocessing(**read_sidecar(EMBEDDED).preprocessing)
+    how = Preprocessing(**read_sidecar(locate(EMBEDDED)).preprocessing)
     folded = fold(checkpoint.build(loaded.record, loaded.tensors), how)
     train = open_images("digits", "calibration").sample(64, 0)
     ranges = collect(folded, (pixels for _, pixels in batches(train, how, 16)))
