@@ -1,113 +1,122 @@
-"""A checkpoint file becomes a canonical network.
+"""A checkpoint becomes a canonical network.
 
-In: a .pth/.pt/.bin or .safetensors file. Out: a `Checkpoint` record with its canonical tensors, and
-from the two a `ConvNeXt`. Nothing is executed from a file: pickles are read with
+In: whatever `pipeline.locate` understands. Out: a `Checkpoint` record with its canonical tensors,
+and from the two a `ConvNeXt`. Nothing is executed from a file: pickles are read with
 `weights_only=True`, and every tensor is checked against the network it claims to be.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
-import pkgutil
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from pipeline import dialects
 from pipeline.convnext import ConvNeXt, count_macs, count_parameters, empty, variant
+from pipeline.dialect import dialect_of
 from pipeline.errors import CheckpointError
-from pipeline.records import Architecture, Checkpoint, to_json
-from pipeline.store import sha256_file, write_atomic
-from pipeline.tensorfile import damaged, read_tensors
+from pipeline.infer import infer_architecture
+from pipeline.locate import locate
+from pipeline.records import IMAGE_CHANNELS, Architecture, Checkpoint, to_json
+from pipeline.sidecar import read_sidecar
+from pipeline.store import write_atomic
+from pipeline.tensorfile import read_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
+    from pipeline.dialect import Dialect
+    from pipeline.records import Weights
+    from pipeline.sidecar import Sidecar
     from pipeline.worker import Progress
 
 METADATA_KEY = "convnext-edge"
-RGB = 3
 RECORD, TENSORS = "checkpoint.json", "tensors.safetensors"
-
-
-class Dialect(Protocol):
-    """What a module in pipeline/dialects/ provides."""
-
-    NAME: str
-    NORM_EPS: float
-    EXPECTED: str
-
-    def matches(self, names: Collection[str]) -> bool:
-        """Tell whether these tensor names are of this dialect."""
-
-    def canonical(self, name: str) -> str:
-        """Return the canonical name of a tensor."""
+NAMED = 3
+"""How many names a message shows before it only counts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedCheckpoint:
-    """A checkpoint's record, its tensors (float32, canonical names) and what looked odd in them."""
+    """A checkpoint's record, its tensors, and what was seen of them.
+
+    Attributes:
+        record: What it is.
+        tensors: float32, under canonical names.
+        dtypes: Of the file's tensors, by canonical name.
+        suspicions: What looked odd in the weights.
+        not_finite: Names of the tensors that hold NaN or infinities.
+    """
 
     record: Checkpoint
     tensors: dict[str, Tensor]
-    dtypes: tuple[str, ...]
-    warnings: tuple[str, ...]
+    dtypes: dict[str, torch.dtype]
+    suspicions: tuple[str, ...]
+    not_finite: tuple[str, ...]
 
 
-def all_dialects() -> tuple[Dialect, ...]:
-    """Return every dialect, discovered from pipeline/dialects/."""
-    found = sorted(info.name for info in pkgutil.iter_modules(dialects.__path__))
-    return tuple(
-        cast("Dialect", importlib.import_module(f"{dialects.__name__}.{name}"))
-        for name in found
-        if not name.startswith("_")
-    )
-
-
-def load(path: Path, *, labels: tuple[str, ...] | None = None) -> LoadedCheckpoint:
+def load(where: str | Path, *, weights: Weights = "auto") -> LoadedCheckpoint:
     """Read and check a checkpoint.
 
     Args:
-        path: The file.
-        labels: Class names, in the order of the logits, where the caller knows them.
+        where: What `pipeline.locate.locate` takes: a file, an index of shards, a folder, `hf:...`.
+        weights: Which of a training checkpoint's weights: `ema`, `model`, or `auto`, the EMA where
+            there is one.
 
     Returns:
-        The record with its tensors, float32 under canonical names.
+        The record with its tensors.
 
     Raises:
-        CheckpointError: The file is missing, damaged, unsafe, not a ConvNeXt, or not finite.
+        CheckpointError: As `examine`; or weights are NaN or infinite.
     """
-    raw, metadata = read_tensors(path)
-    dialect = _dialect_of(raw, path)
-    tensors = {dialect.canonical(name): tensor for name, tensor in raw.items()}
-    dtypes = tuple(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in raw.values()}))
-    tensors = {name: _as_float32(name, tensor, path) for name, tensor in tensors.items()}
-    architecture = _architecture(tensors, metadata, dialect, path)
-    _check_against_network(tensors, architecture, path)
-    labels = labels or _stated_labels(metadata)
-    if labels is not None and len(labels) != architecture.classes:
+    loaded = examine(where, weights=weights)
+    if loaded.not_finite:
         raise CheckpointError(
-            f"{path}: {len(labels)} class names for {architecture.classes} classes",
-            allowed="one name per row of the head",
-            do="Correct `classes` in the sidecar .json",
+            f"{where}: {_some(loaded.not_finite)} hold values that are NaN or infinite",
+            allowed="finite weights",
+            do="Go back to a checkpoint from before the training diverged",
         )
+    return loaded
+
+
+def examine(where: str | Path, *, weights: Weights = "auto") -> LoadedCheckpoint:
+    """Read a checkpoint as `load` does, and take weights that are not finite too.
+
+    Raises:
+        CheckpointError: It is missing, damaged, unsafe, or not a ConvNeXt classifier.
+    """
+    located = locate(where)
+    sidecar = read_sidecar(located)
+    file = read_tensors(located.files, weights)
+    dialect = dialect_of(file.tensors, str(where))
+    tensors = dialect.canonical(file.tensors)
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    tensors = {name: _as_float32(name, tensor, str(where)) for name, tensor in tensors.items()}
+    traits = dialect.traits(file.tensors)
+    stated = _stated(file.metadata)
+    architecture = _architecture(tensors, dialect, traits, sidecar, stated, str(where))
+    _check_against_network(tensors, architecture, str(where))
+    not_finite = tuple(n for n, t in tensors.items() if not bool(torch.isfinite(t).all()))
     record = Checkpoint(
-        path=str(path),
-        sha256=sha256_file(path),
+        path=str(where),
+        sha256=located.sha256(),
         dialect=dialect.NAME,
         architecture=architecture,
         variant=variant(architecture),
-        labels=labels,
+        labels=_labels(sidecar, stated, architecture, str(where)),
+        found_in=file.wrapper or None,
     )
     return LoadedCheckpoint(
-        record=record, tensors=tensors, dtypes=dtypes, warnings=tuple(_suspicions(tensors))
+        record=record,
+        tensors=tensors,
+        dtypes=dtypes,
+        suspicions=tuple(_suspicions(tensors, not_finite)),
+        not_finite=not_finite,
     )
 
 
@@ -128,14 +137,15 @@ def read_record(folder: Path) -> Checkpoint:
 
 
 def load_stage(
-    path: str, labels: list[str] | None, input_size: int, folder: str, progress: Progress
+    where: str, weights: Weights, input_size: int, channels: int, folder: str, progress: Progress
 ) -> dict[str, Any]:
     """Read a checkpoint and keep its record and tensors in a folder.
 
     Args:
-        path: The checkpoint file.
-        labels: Class names where the sidecar states them.
+        where: What `load` takes.
+        weights: As `load`.
         input_size: Side of the image in pixels, for counting.
+        channels: Of the images: 3, or 1 for grey.
         folder: Takes checkpoint.json and tensors.safetensors.
         progress: Called before and after.
 
@@ -143,45 +153,64 @@ def load_stage(
         `params`, `macs`, and `warnings`: what looked odd in the weights.
 
     Raises:
-        CheckpointError: As `load`; or the network cannot take images of this size.
+        CheckpointError: As `load`; or the network cannot take such images.
     """
     progress(0, 1)
-    loaded = load(Path(path), labels=tuple(labels) if labels else None)
-    check_input(loaded.record.architecture, input_size)
+    loaded = load(where, weights=weights)
+    architecture = loaded.record.architecture
+    check_input(architecture, input_size)
+    check_channels(architecture, channels)
     write(Path(folder), loaded)
     progress(1, 1)
     return {
-        "warnings": list(loaded.warnings),
-        "params": count_parameters(loaded.record.architecture),
-        "macs": count_macs(loaded.record.architecture, input_size),
+        "warnings": list(loaded.suspicions),
+        "params": count_parameters(architecture),
+        "macs": count_macs(architecture, input_size),
     }
 
 
 def check_input(architecture: Architecture, input_size: int) -> None:
-    """Check that the network can take RGB images of this size.
+    """Check that the network can take images of this size.
 
     Raises:
         CheckpointError: It cannot.
     """
-    if architecture.in_channels != RGB:
-        raise CheckpointError(
-            f"the network takes {architecture.in_channels} channels",
-            allowed=f"{RGB}, for RGB images",
-            do="Give a checkpoint trained on RGB images",
-        )
+    stride = architecture.stride
     if not isinstance(input_size, int) or input_size < 1:  # a sidecar can state anything
         raise CheckpointError(
             f"input size {input_size!r} is not a number of pixels",
-            allowed=f"multiples of {architecture.stride}",
+            allowed=f"multiples of {stride}",
             do="Correct input_size in the sidecar .json or give --input-size",
         )
-    if input_size % architecture.stride:
-        below = input_size // architecture.stride * architecture.stride
-        near = [str(size) for size in (below, below + architecture.stride) if size]
+    if input_size % stride:
+        below = input_size // stride * stride
+        near = [str(size) for size in (below, below + stride) if size]
         raise CheckpointError(
-            f"input size {input_size} is not a multiple of {architecture.stride}",
-            allowed=f"multiples of {architecture.stride}",
+            f"input size {input_size} is not a multiple of {stride}",
+            allowed=f"multiples of {stride}",
             do=f"Give --input-size {' or '.join(near)}",
+        )
+
+
+def check_channels(architecture: Architecture, channels: int) -> None:
+    """Check that the network takes images of as many channels as the preprocessing makes.
+
+    Raises:
+        CheckpointError: It does not.
+    """
+    takes = architecture.in_channels
+    if takes not in IMAGE_CHANNELS:
+        raise CheckpointError(
+            f"the network takes {takes} channels",
+            allowed="3, for RGB images, or 1, for grey ones",
+            do="Give a checkpoint trained on images",
+        )
+    if takes != channels:
+        raise CheckpointError(
+            f"the network takes {takes} channels, mean and std are of {channels}",
+            allowed="as many numbers in mean and std as the network takes channels",
+            do="Give --mean and --std as it was trained"
+            + (", such as --mean 0.5 --std 0.5" if takes == 1 else ""),
         )
 
 
@@ -200,142 +229,89 @@ def save(path: Path, model: ConvNeXt, *, labels: tuple[str, ...] | None) -> None
         model: The network, unfolded.
         labels: Class names in the order of the logits.
     """
-    stated = {"architecture": asdict(model.architecture), "labels": labels and list(labels)}
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_atomic(path, safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(stated)}))
+    metadata = own_metadata(model.architecture, labels)
+    write_atomic(path, safetensors.torch.save(tensors, metadata))
+
+
+def own_metadata(architecture: Architecture, labels: tuple[str, ...] | None) -> dict[str, str]:
+    """Return what a safetensors file of the own dialect states of itself."""
+    stated = {"architecture": asdict(architecture), "labels": labels and list(labels)}
+    return {METADATA_KEY: json.dumps(stated)}
 
 
 def load_model(path: str | Path) -> ConvNeXt:
     """Load any supported checkpoint as the canonical network.
 
     Args:
-        path: A .pth, .pt, .bin or .safetensors file.
+        path: A .pth, .pt, .bin or .safetensors file, an index of shards, a Hugging Face folder, or
+            `hf:owner/name`.
 
     Returns:
-        The network in eval mode: float32 NCHW of shape (N, 3, H, W), normalised by the mean and
-        std it was trained with, to logits (N, classes).
+        The network in eval mode: float32 NCHW of shape (N, in_channels, H, W), normalised by the
+        mean and std it was trained with, to logits (N, classes).
 
     Raises:
-        CheckpointError: The file is missing, damaged, unsafe, not a ConvNeXt, or not finite.
+        CheckpointError: It is missing, damaged, unsafe, not a ConvNeXt classifier, or not finite.
     """
-    loaded = load(Path(path))
+    loaded = load(path)
     return build(loaded.record, loaded.tensors)
 
 
-def infer_architecture(
-    tensors: Mapping[str, Tensor], *, norm_eps: float, path: Path
-) -> Architecture:
-    """Read depths, dims, classes and layer scale off canonical tensors.
-
-    Args:
-        tensors: Canonical names to tensors.
-        norm_eps: LayerNorm eps, as the dialect defines it.
-        path: For messages.
-
-    Raises:
-        CheckpointError: A tensor that gives the shape is missing or has the wrong rank.
-    """
-    blocks: dict[int, set[int]] = {}
-    for name in tensors:
-        if match := re.match(r"stages\.(\d+)\.blocks\.(\d+)\.", name):
-            blocks.setdefault(int(match[1]), set()).add(int(match[2]))
-    stem = _tensor(tensors, "stem.conv.weight", 4, path)
-    depthwise = _tensor(tensors, "stages.0.blocks.0.depthwise.weight", 4, path)
-    pw1 = _tensor(tensors, "stages.0.blocks.0.pw1.weight", 2, path)
-    head = _tensor(tensors, "head.fc.weight", 2, path)
-    dims = [stem.shape[0]]
-    for stage in range(1, len(blocks)):
-        name = f"stages.{stage}.downsample.conv.weight"
-        dims.append(_tensor(tensors, name, 4, path).shape[0])
-    try:
-        return Architecture(
-            depths=tuple(len(blocks[stage]) for stage in range(len(blocks))),
-            dims=tuple(dims),
-            classes=head.shape[0],
-            layer_scale="stages.0.blocks.0.scale.weight" in tensors,
-            in_channels=stem.shape[1],
-            patch=stem.shape[2],
-            kernel=depthwise.shape[2],
-            expansion=pw1.shape[0] // max(pw1.shape[1], 1),
-            norm_eps=norm_eps,
-        )
-    except (KeyError, ValidationError) as error:
-        raise CheckpointError(
-            f"{path}: stages {sorted(blocks)} do not make a ConvNeXt",
-            allowed="stages numbered from 0 without gaps",
-            do="Check that the file is a whole ConvNeXt classifier",
-        ) from error
-
-
-def _dialect_of(raw: Mapping[str, Tensor], path: Path) -> Dialect:
-    known = all_dialects()
-    for dialect in known:
-        if dialect.matches(raw):
-            return dialect
-    some = ", ".join(list(raw)[:3]) or "none"
-    raise CheckpointError(
-        f"{path} is not a ConvNeXt known here: its {len(raw)} tensors begin with {some}",
-        allowed="names like " + "; or ".join(f"{d.EXPECTED} ({d.NAME})" for d in known),
-        do="Convert the names, or check that this is a ConvNeXt classifier",
-    )
-
-
-def _as_float32(name: str, tensor: Tensor, path: Path) -> Tensor:
+def _as_float32(name: str, tensor: Tensor, where: str) -> Tensor:
     if not tensor.is_floating_point():
         raise CheckpointError(
-            f"{path}: {name} is {tensor.dtype}",
+            f"{where}: {name} is {tensor.dtype}",
             allowed="floating-point weights",
             do="Give the float checkpoint, not a quantized one",
         )
     if tensor.is_meta or tensor.layout != torch.strided:
         raise CheckpointError(
-            f"{path}: {name} is a {'meta' if tensor.is_meta else tensor.layout} tensor",
+            f"{where}: {name} is a {'meta' if tensor.is_meta else tensor.layout} tensor",
             allowed="dense tensors with values",
             do="Save it again with the weights loaded and dense",
         )
-    value = tensor.detach().to(torch.float32).contiguous()
-    if not bool(torch.isfinite(value).all()):
-        bad = int((~torch.isfinite(value)).sum())
-        raise CheckpointError(
-            f"{path}: {name} has {bad} values that are NaN or infinite",
-            allowed="finite weights",
-            do="Go back to a checkpoint from before the training diverged",
-        )
-    return value
+    return tensor.detach().to(torch.float32).contiguous()
 
 
 def _architecture(
-    tensors: Mapping[str, Tensor], metadata: Mapping[str, str], dialect: Dialect, path: Path
+    tensors: Mapping[str, Tensor],
+    dialect: Dialect,
+    traits: Collection[str],
+    sidecar: Sidecar,
+    stated: Mapping[str, Any],
+    where: str,
 ) -> Architecture:
-    stated = _stated_architecture(metadata, path)
-    norm_eps = stated.norm_eps if stated else dialect.NORM_EPS
-    inferred = infer_architecture(tensors, norm_eps=norm_eps, path=path)
+    claimed = _claimed_architecture(stated, where)
+    if claimed is not None:
+        norm_eps, head_norm_eps = claimed.norm_eps, claimed.head_norm_eps
+        traits = _traits_of(claimed)
+    else:
+        norm_eps, head_norm_eps = dialect.norm_eps(tensors)
+        norm_eps = sidecar.norm_eps or norm_eps
+        head_norm_eps = sidecar.head_norm_eps or head_norm_eps
+    inferred = infer_architecture(
+        tensors, norm_eps=norm_eps, head_norm_eps=head_norm_eps, traits=traits, where=where
+    )
     # Before a network of the stated size is built: a damaged or hostile file can state any.
-    if stated is not None and stated != inferred:
+    if claimed is not None and claimed != inferred:
         raise CheckpointError(
-            f"{path} states {stated}, but its tensors are of {inferred}",
+            f"{where} states {claimed}, but its tensors are of {inferred}",
             allowed="metadata that agrees with the tensors",
             do="Save the checkpoint again",
         )
     return inferred
 
 
-def _stated_architecture(metadata: Mapping[str, str], path: Path) -> Architecture | None:
-    stated = _metadata(metadata)
-    if "architecture" not in stated:
-        return None
-    try:
-        return Architecture(**stated["architecture"])
-    except (ValidationError, TypeError) as error:
-        raise damaged(path, error) from error
+def _traits_of(architecture: Architecture) -> frozenset[str]:
+    has = {
+        "overlap_act": architecture.stem == "overlap_act",
+        "head_norm_first": architecture.head_norm_first,
+    }
+    return frozenset(trait for trait, present in has.items() if present)
 
 
-def _stated_labels(metadata: Mapping[str, str]) -> tuple[str, ...] | None:
-    labels = _metadata(metadata).get("labels")
-    return tuple(map(str, labels)) if isinstance(labels, list) else None
-
-
-def _metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
+def _stated(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         stated = json.loads(metadata.get(METADATA_KEY, "{}"))
     except json.JSONDecodeError:
@@ -343,20 +319,35 @@ def _metadata(metadata: Mapping[str, str]) -> dict[str, Any]:
     return stated if isinstance(stated, dict) else {}
 
 
-def _tensor(tensors: Mapping[str, Tensor], name: str, rank: int, path: Path) -> Tensor:
-    tensor = tensors.get(name)
-    if tensor is None or tensor.ndim != rank:
-        got = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+def _claimed_architecture(stated: Mapping[str, Any], where: str) -> Architecture | None:
+    if "architecture" not in stated:
+        return None
+    try:
+        return Architecture(**stated["architecture"])
+    except (ValidationError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: {name} (canonical name) is {got}",
-            allowed=f"a tensor of rank {rank} there",
-            do="Check that the file is a whole ConvNeXt classifier, head included",
+            f"{where} states an architecture that is none ({type(error).__name__})",
+            allowed="metadata as `convnext-edge convert` writes it",
+            do="Save the checkpoint again",
+        ) from error
+
+
+def _labels(
+    sidecar: Sidecar, stated: Mapping[str, Any], architecture: Architecture, where: str
+) -> tuple[str, ...] | None:
+    own = stated.get("labels")
+    labels = sidecar.labels or (tuple(map(str, own)) if isinstance(own, list) else None)
+    if labels is not None and len(labels) != architecture.classes:
+        raise CheckpointError(
+            f"{where}: {len(labels)} class names for {architecture.classes} classes",
+            allowed="one name per row of the head",
+            do="Correct `classes` in the sidecar .json, or id2label in config.json",
         )
-    return tensor
+    return labels
 
 
 def _check_against_network(
-    tensors: Mapping[str, Tensor], architecture: Architecture, path: Path
+    tensors: Mapping[str, Tensor], architecture: Architecture, where: str
 ) -> None:
     expected = {name: tuple(t.shape) for name, t in empty(architecture).state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -366,23 +357,35 @@ def _check_against_network(
     extra = sorted(found.keys() - expected.keys())
     wrong = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
     parts = [
-        *(f"missing {name}" for name in missing[:3]),
-        *(f"unknown {name}" for name in extra[:3]),
-        *(f"{name} has shape {found[name]}, not {expected[name]}" for name in wrong[:3]),
+        *(f"missing {name}" for name in missing[:NAMED]),
+        *(f"unknown {name}" for name in extra[:NAMED]),
+        *(f"{name} has shape {found[name]}, not {expected[name]}" for name in wrong[:NAMED]),
     ]
     raise CheckpointError(
-        f"{path} is not a ConvNeXt known here: {'; '.join(parts)}"
+        f"{where} is not a ConvNeXt known here: {'; '.join(parts)}"
         f" ({len(missing)} missing, {len(extra)} unknown, {len(wrong)} misshapen)",
         allowed="exactly the tensors of a ConvNeXt classifier (canonical names above)",
-        do="Check the architecture; V2, MLP heads and other variants are not read yet",
+        do="Check that the file is whole and that nothing was added to the network",
     )
 
 
-def _suspicions(tensors: Mapping[str, Tensor]) -> list[str]:
-    found = []
+def _suspicions(tensors: Mapping[str, Tensor], not_finite: Collection[str]) -> list[str]:
+    zero, constant = [], []
     for name, tensor in tensors.items():
         if name.endswith(".weight") and not bool(tensor.any()):
-            found.append(f"{name} is all zero")
-        elif name.endswith("scale.weight") and bool((tensor == tensor[0]).all()):
-            found.append(f"{name} is constant at {float(tensor[0]):g}: untrained?")
+            zero.append(name)
+        elif name.endswith(".scale.weight") and bool((tensor == tensor[0]).all()):
+            constant.append(name)
+    found = [f"{_some(not_finite)}: NaN or infinite"] if not_finite else []
+    found += [f"{_some(zero)}: all zero"] if zero else []
+    if constant:
+        value = float(tensors[constant[0]][0])
+        found.append(
+            f"{_some(constant)}: constant at {value:g}, as LayerScale is initialised: untrained?"
+        )
     return found
+
+
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:NAMED])
+    return shown if len(names) <= NAMED else f"{shown} and {len(names) - NAMED} more"

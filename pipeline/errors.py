@@ -6,6 +6,9 @@ its `exit_code`. Anything else that escapes is a bug of this project.
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class EdgeError(Exception):
     """The root of this project's errors.
@@ -23,6 +26,10 @@ class EdgeError(Exception):
         self.got = got
         self.allowed = allowed
         self.do = do
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Cross a process boundary whole, though what it says is given by keyword."""
+        return partial(type(self), self.got, allowed=self.allowed, do=self.do), ()
 
     def __str__(self) -> str:
         """Return the whole message as one line."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pipeline.embedded
 from pipeline import checkpoint
 from pipeline.convnext import SIZES, ConvNeXt, count_macs, count_parameters, seeded, variant
 from pipeline.errors import CheckpointError
+from pipeline.infer import infer_architecture
 from pipeline.records import Architecture
 
 NET = Architecture(depths=(2, 1, 3), dims=(7, 13, 21), classes=5)
@@ -67,7 +69,7 @@ def test_meta_names_round_trip(
     assert loaded.record.dialect == "meta"
     assert loaded.record.architecture == NET
     assert loaded.record.variant == "custom"
-    assert loaded.dtypes == ("float32",)
+    assert set(loaded.dtypes.values()) == {torch.float32}
     rebuilt = checkpoint.build(loaded.record, loaded.tensors)
     assert _same(rebuilt, net)
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -95,13 +97,14 @@ def test_our_own_dialect_keeps_architecture_and_labels(tmp_path: Path) -> None:
 def test_half_precision_is_widened(tmp_path: Path, net: ConvNeXt) -> None:
     torch.save({name: tensor.half() for name, tensor in _meta(net).items()}, tmp_path / "net.pth")
     loaded = checkpoint.load(tmp_path / "net.pth")
-    assert loaded.dtypes == ("float16",)
+    assert set(loaded.dtypes.values()) == {torch.float16}
     assert {tensor.dtype for tensor in loaded.tensors.values()} == {torch.float32}
 
 
 def test_what_is_written_is_read_again(tmp_path: Path, net: ConvNeXt) -> None:
     torch.save(_meta(net), tmp_path / "net.pth")
-    loaded = checkpoint.load(tmp_path / "net.pth", labels=tuple("abcde"))
+    (tmp_path / "net.json").write_text(json.dumps({"classes": list("abcde")}))
+    loaded = checkpoint.load(tmp_path / "net.pth")
     checkpoint.write(tmp_path, loaded)
     record, tensors = checkpoint.read(tmp_path)
     assert record == loaded.record
@@ -117,11 +120,21 @@ def test_what_is_written_is_read_again(tmp_path: Path, net: ConvNeXt) -> None:
         Architecture(depths=(1, 2), dims=(8, 6), classes=3, layer_scale=False),
         Architecture(depths=(1, 12), dims=(4, 4), classes=2, patch=2, kernel=3, expansion=2),
         Architecture(depths=(1, 1), dims=(4, 8), classes=7, in_channels=1),
+        Architecture(depths=(1, 1), dims=(4, 8), classes=7, grn=True, layer_scale=False),
+        Architecture(depths=(1, 1), dims=(4, 8), classes=7, stem="overlap", stem_width=3),
+        Architecture(depths=(1, 1), dims=(4, 8), classes=7, stem="overlap_act", stem_width=4),
+        Architecture(depths=(1, 1), dims=(4, 8), classes=7, patch=2, downsample_first=True),
+        Architecture(depths=(2,), dims=(4,), classes=7, patch=16, stem_norm=False),
+        Architecture(depths=(1,), dims=(4,), classes=7, head_norm_first=True, head_width=9),
     ],
 )
 def test_the_shape_is_read_off_the_tensors(architecture: Architecture) -> None:
     tensors = seeded(architecture, seed=0).state_dict()
-    found = checkpoint.infer_architecture(tensors, norm_eps=1e-6, path=Path("net"))
+    traits = {"head_norm_first"} if architecture.head_norm_first else set()
+    traits |= {"overlap_act"} if architecture.stem == "overlap_act" else set()
+    found = infer_architecture(
+        tensors, norm_eps=1e-6, head_norm_eps=None, traits=traits, where="net"
+    )
     assert found == architecture
 
 
@@ -147,7 +160,7 @@ def test_the_embedded_checkpoint_loads() -> None:
     path = Path(pipeline.embedded.__file__).parent / "digits.safetensors"
     loaded = checkpoint.load(path)
     assert loaded.record.architecture.classes == 10
-    assert loaded.warnings == ()
+    assert loaded.suspicions == ()
 
 
 def _without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
@@ -167,9 +180,9 @@ def test_a_missing_head_is_named(tmp_path: Path, net: ConvNeXt) -> None:
 
 
 def test_an_unknown_tensor_is_named(tmp_path: Path, net: ConvNeXt) -> None:
-    extra = {**_meta(net), "stages.0.0.grn.gamma": torch.ones(3)}
+    extra = {**_meta(net), "stages.0.0.attention.weight": torch.ones(3)}
     torch.save(extra, tmp_path / "net.pth")
-    with pytest.raises(CheckpointError, match=r"unknown stages\.0\.0\.grn\.gamma"):
+    with pytest.raises(CheckpointError, match=r"unknown stages\.0\.0\.attention\.weight"):
         checkpoint.load(tmp_path / "net.pth")
 
 
@@ -182,7 +195,7 @@ def test_a_misshapen_tensor_is_named(tmp_path: Path, net: ConvNeXt) -> None:
 def test_a_gap_between_stages_is_refused(net: ConvNeXt) -> None:
     kept = {n: t for n, t in net.state_dict().items() if not n.startswith("stages.1.")}
     with pytest.raises(CheckpointError):
-        checkpoint.infer_architecture(kept, norm_eps=1e-6, path=Path("net"))
+        infer_architecture(kept, norm_eps=1e-6, head_norm_eps=None, traits=(), where="net")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -190,7 +203,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path, net: ConvNeXt, 
     tensors = _meta(net)
     tensors["head.bias"] = torch.tensor([0.0, bad, 0.0, bad, 0.0])
     torch.save(tensors, tmp_path / "net.pth")
-    with pytest.raises(CheckpointError, match=r"head\.fc\.bias has 2 values"):
+    with pytest.raises(CheckpointError, match=r"head\.fc\.bias hold values"):
         checkpoint.load(tmp_path / "net.pth")
 
 
@@ -202,8 +215,9 @@ def test_integer_weights_are_refused(tmp_path: Path, net: ConvNeXt) -> None:
 
 def test_the_wrong_number_of_labels_is_refused(tmp_path: Path, net: ConvNeXt) -> None:
     torch.save(_meta(net), tmp_path / "net.pth")
+    (tmp_path / "net.json").write_text(json.dumps({"classes": ["a", "b"]}))
     with pytest.raises(CheckpointError, match="2 class names for 5 classes"):
-        checkpoint.load(tmp_path / "net.pth", labels=("a", "b"))
+        checkpoint.load(tmp_path / "net.pth")
 
 
 def test_another_network_is_refused(tmp_path: Path) -> None:
@@ -264,11 +278,47 @@ def test_odd_weights_are_warned_of(tmp_path: Path, net: ConvNeXt) -> None:
     tensors["stages.0.1.gamma"] = torch.full((7,), 1e-6)
     tensors["stages.1.0.pwconv1.weight"] = torch.zeros(52, 13)
     torch.save(tensors, tmp_path / "net.pth")
-    warnings = checkpoint.load(tmp_path / "net.pth").warnings
+    warnings = checkpoint.load(tmp_path / "net.pth").suspicions
     assert warnings == (
-        "stages.0.blocks.1.scale.weight is constant at 1e-06: untrained?",
-        "stages.1.blocks.0.pw1.weight is all zero",
+        "stages.1.blocks.0.pw1.weight: all zero",
+        (
+            "stages.0.blocks.1.scale.weight: constant at 1e-06, as LayerScale is initialised: "
+            "untrained?"
+        ),
     )
+
+
+def test_examining_takes_weights_that_are_not_finite(tmp_path: Path, net: ConvNeXt) -> None:
+    torch.save({**_meta(net), "head.bias": torch.full((5,), torch.nan)}, tmp_path / "net.pth")
+    loaded = checkpoint.examine(tmp_path / "net.pth")
+    assert loaded.not_finite == ("head.fc.bias",)
+    assert loaded.suspicions == ("head.fc.bias: NaN or infinite",)
+
+
+def test_an_average_of_weights_is_preferred(tmp_path: Path, net: ConvNeXt) -> None:
+    other = seeded(NET, seed=6)
+    torch.save({"model": _meta(net), "model_ema": _meta(other)}, tmp_path / "net.pth")
+    loaded = {
+        words: checkpoint.load(tmp_path / "net.pth", weights=words)
+        for words in ("auto", "ema", "model")
+    }
+    for words, expected in (("auto", other), ("ema", other), ("model", net)):
+        found = loaded[words]
+        assert _same(checkpoint.build(found.record, found.tensors), expected)
+    assert loaded["auto"].record.found_in == "model_ema"
+
+
+def test_the_eps_of_every_norm_follows_the_dialect_and_the_sidecar(
+    tmp_path: Path, net: ConvNeXt
+) -> None:
+    torch.save(_meta(net), tmp_path / "net.pth")
+    assert checkpoint.load(tmp_path / "net.pth").record.architecture.norm_eps == 1e-6
+    (tmp_path / "net.json").write_text(json.dumps({"norm_eps": 1e-5, "head_norm_eps": 1e-12}))
+    architecture = checkpoint.load(tmp_path / "net.pth").record.architecture
+    assert (architecture.norm_eps, architecture.head_norm_eps) == (1e-5, 1e-12)
+    model = checkpoint.load_model(tmp_path / "net.pth")
+    assert model.head.norm.eps == 1e-12
+    assert model.stem.norm.eps == 1e-5
 
 
 def test_the_input_must_fit_the_network() -> None:
@@ -277,5 +327,9 @@ def test_the_input_must_fit_the_network() -> None:
         checkpoint.check_input(NET, 50)
     assert "48 or 64" in str(caught.value)
     grey = Architecture(depths=(1,), dims=(4,), classes=2, in_channels=1)
-    with pytest.raises(CheckpointError, match="takes 1 channels"):
-        checkpoint.check_input(grey, 32)
+    checkpoint.check_channels(grey, 1)
+    with pytest.raises(CheckpointError, match="takes 1 channels, mean and std are of 3"):
+        checkpoint.check_channels(grey, 3)
+    satellite = Architecture(depths=(1,), dims=(4,), classes=2, in_channels=8)
+    with pytest.raises(CheckpointError, match="takes 8 channels"):
+        checkpoint.check_channels(satellite, 8)
