@@ -12,15 +12,15 @@ from torch import nn
 
 from calib.observers import RangeObserver
 from pipeline.convnext import sites
+from pipeline.records import Range
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
     from pipeline.convnext import ConvNeXt
-    from pipeline.records import Range
 
 
 def collect(folded: ConvNeXt, pixels: Iterable[NDArray[np.float32]]) -> dict[str, Range]:
@@ -53,3 +53,19 @@ def collect(folded: ConvNeXt, pixels: Iterable[NDArray[np.float32]]) -> dict[str
         for handle in handles:
             handle.remove()
     return {name: observer.result() for name, observer in observers.items()}
+
+
+def merge(parts: Sequence[Mapping[str, Range]]) -> dict[str, Range]:
+    """Return what all processes saw together, from what each saw of its own images.
+
+    Args:
+        parts: What `collect` returned, for the same network.
+    """
+    return {
+        name: Range(
+            minimum=min(part[name].minimum for part in parts),
+            maximum=max(part[name].maximum for part in parts),
+            count=sum(part[name].count for part in parts),
+        )
+        for name in parts[0]
+    }

@@ -1,56 +1,40 @@
 """Images: where they lie, which split serves what, and a reproducible selection of them.
 
-In: a folder, a zip, or the word `digits`. Out: an `ImageSet`, a list of names with labels, whose
-bytes are read one at a time; nothing is unpacked to disk.
+In: a place that holds images (`calib.sources.opening.KINDS`). Out: an `ImageSet`, a list of names
+with labels, whose bytes are read one at a time; nothing is unpacked to disk.
 """
 
 from __future__ import annotations
 
-import functools
-import io
 import random
-import zipfile
-import zlib
-from collections import Counter
 from dataclasses import dataclass, field, replace
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Literal, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+from calib.labels import read_labels, read_order
+from calib.preprocess import Unreadable
+from calib.sources.base import IMAGE_SUFFIXES, SPLIT_NAMES
+from calib.sources.digits import Digits
+from calib.sources.opening import open_source
 from pipeline.errors import DataError
 from pipeline.store import sha256_bytes, sha256_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from calib.sources.base import Labels, Source
     from pipeline.records import Checkpoint, Selection
 
 Purpose = Literal["calibration", "evaluation"]
 
-DIGITS = "digits"
-IMAGE_SUFFIXES = frozenset(
-    [".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"]
-)
+DIGITS = Digits.label
 SPLITS: Mapping[Purpose, tuple[str, ...]] = {
     "calibration": ("train",),
     "evaluation": ("val", "validation", "test"),
 }
-MAX_FILE_BYTES = 128 * 2**20
-# RuntimeError covers an encrypted file and NotImplementedError; the rest is what damage leads to.
-ZIP_ERRORS = (OSError, EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
-DIGITS_EVALUATION = 540
-DIGITS_SEED = 20
-
-
-class Source(Protocol):
-    """Something with named files in it."""
-
-    label: str
-
-    def names(self) -> list[str]:
-        """Return the relative POSIX names of all files, sorted."""
-
-    def read(self, name: str) -> bytes:
-        """Return one file's bytes."""
+MAX_NUMBERED = 1_000_000
+"""Numbers of classes from here on are taken for damage."""
+FEW = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,27 +47,50 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImageSet:
-    """A selection of images of one source. `classes` is None where the images are unlabelled."""
+    """A selection of images of one source.
+
+    Attributes:
+        source: Where their bytes are read.
+        entries: The images, in order.
+        classes: What labels count in; None where the images are unlabelled.
+        numbered: Whether the data gives the indices of the model's logits instead of names.
+    """
 
     source: Source = field(repr=False)
     entries: tuple[Entry, ...]
     classes: tuple[str, ...] | None
+    numbered: bool = False
 
     @property
     def label(self) -> str:
         """What a person would call the source."""
         return self.source.label
 
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """What the source left out, each with its reason: links that lead out of it."""
+        return self.source.skipped
+
     def read(self, entry: Entry) -> bytes:
-        """Return one image file's bytes."""
+        """Return one image file's bytes.
+
+        Raises:
+            Unreadable: The image is damaged within a sound archive, or a row has none.
+            DataError: The source cannot be read any more, or the image is too large.
+        """
         return self.source.read(entry.name)
 
     def hashes(self) -> list[str]:
-        """Return the SHA-256 of every selected image's bytes, in order."""
-        return [sha256_bytes(self.read(entry)) for entry in self.entries]
+        """Return the SHA-256 of every selected image's bytes, in order.
+
+        An image that is `Unreadable` stands for its name: `batches` leaves it out.
+        """
+        return [self._hash(entry) for entry in self.entries]
 
     def sample(self, n: int | None, seed: int) -> ImageSet:
-        """Return `n` images drawn without replacement, in a shuffled, reproducible order.
+        """Return `n` images drawn without replacement, reproducibly.
+
+        They come shuffled, except from a source that reads well in its own order only.
 
         Args:
             n: How many; None or more than there are gives all, in their own order.
@@ -92,14 +99,20 @@ class ImageSet:
         if n is None or n >= len(self.entries):
             return self
         drawn = random.Random(seed).sample(range(len(self.entries)), n)
+        if self.source.sequential:
+            drawn.sort()
         return replace(self, entries=tuple(self.entries[i] for i in drawn))
 
-    def for_model(self, labels: Sequence[str] | None, classes: int) -> ImageSet:
+    def for_model(
+        self, labels: Sequence[str] | None, classes: int, order: Sequence[str] | None = None
+    ) -> ImageSet:
         """Return the set with labels that count in the model's order of classes.
 
         Args:
             labels: The model's class names, None where it carries none.
             classes: How many classes it has.
+            order: The data's names in the model's order, where they are not to be matched with
+                the model's own.
 
         Raises:
             DataError: The data's classes cannot be those of the model.
@@ -107,28 +120,100 @@ class ImageSet:
         if self.classes is None:
             raise DataError(
                 f"{self.label} holds images without labels: they calibrate but do not evaluate",
-                allowed="one folder per class, or a val/ folder with one",
+                allowed="one folder per class, a source with labels in it, or a label file",
                 do="Give labelled images with --eval, or leave evaluation out with --eval none",
             )
-        if labels is not None and set(self.classes) <= set(labels):
-            index = [labels.index(name) for name in self.classes]
-        elif len(self.classes) == classes and labels is None:
-            index = list(range(classes))
-        else:
-            raise self._wrong_classes(labels, classes)
+        if self.numbered:
+            return self._by_number(labels, classes, order)
+        names = self._names_in_order(self.classes, labels, classes, order)
+        place = {name: i for i, name in enumerate(names)}
+        index = [place[name] for name in self.classes]
         entries = tuple(
             replace(e, label=index[e.label]) if e.label is not None else e for e in self.entries
         )
-        return replace(self, entries=entries, classes=tuple(labels or self.classes))
+        return replace(self, entries=entries, classes=tuple(names))
 
-    def _wrong_classes(self, labels: Sequence[str] | None, classes: int) -> DataError:
+    def _hash(self, entry: Entry) -> str:
+        try:
+            return sha256_bytes(self.read(entry))
+        except Unreadable:
+            return sha256_bytes(f"unreadable: {entry.name}".encode())
+
+    def _by_number(
+        self, labels: Sequence[str] | None, classes: int, order: Sequence[str] | None
+    ) -> ImageSet:
         assert self.classes is not None
-        strange = [name for name in self.classes if labels is not None and name not in labels]
-        named = f"; unknown to the model: {', '.join(strange[:5])}" if strange else ""
+        highest = len(self.classes) - 1
+        if order is not None:
+            raise DataError(
+                f"{self.label} numbers its classes, so there are no names to put in order",
+                allowed="a class order for data whose labels are names",
+                do="Leave the class order out, or name the labels",
+            )
+        if highest >= classes:
+            raise DataError(
+                f"{self.label} has the label {highest}, the model {classes} classes",
+                allowed=f"numbers from 0 to {classes - 1}, which index the model's logits",
+                do="Count from 0 in the model's order, or use names",
+            )
+        numerals = tuple(map(str, range(classes)))
+        if labels is not None and set(labels) == set(numerals) and tuple(labels) != numerals:
+            raise DataError(
+                f"{self.label} has numbers for labels, and the model's names are other numbers",
+                allowed="numbers that mean the same both ways",
+                do="Name the classes so that they are not numbers",
+            )
+        return replace(self, classes=tuple(labels or numerals))
+
+    def _names_in_order(
+        self,
+        own: Sequence[str],
+        labels: Sequence[str] | None,
+        classes: int,
+        order: Sequence[str] | None,
+    ) -> Sequence[str]:
+        if order is not None:
+            strange = sorted(set(own) - set(order))
+            if len(order) != classes or strange:
+                raise self._wrong_order(order, classes, strange)
+            return order
+        if labels is None and len(own) == classes:
+            return own
+        if labels is None or not set(own) <= set(labels):
+            raise self._wrong_classes(own, labels, classes)
+        twice = next((name for name in own if labels.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(
+                f"{self.label}: the model has several classes named {twice}",
+                allowed="names that stand for one class each",
+                do="Give the data's class names in the model's order as the class order",
+            )
+        return labels
+
+    def _wrong_order(self, order: Sequence[str], classes: int, strange: list[str]) -> DataError:
+        what = f"; it lacks {_some(strange)} of {self.label}" if strange else ""
         return DataError(
-            f"{self.label} has {len(self.classes)} classes, the model {classes}{named}",
-            allowed="exactly the model's classes, or a subset of the names it carries",
-            do='Name the model\'s classes as "classes" in the sidecar .json, or correct --eval',
+            f"the class order has {len(order)} names, the model {classes} classes{what}",
+            allowed="as many names as the model has classes, and all of the data's among them",
+            do="Correct the class order",
+        )
+
+    def _wrong_classes(
+        self, own: Sequence[str], labels: Sequence[str] | None, classes: int
+    ) -> DataError:
+        got = f"{self.label} has {len(own)} classes, the model {classes}"
+        do = 'Name the model\'s classes as "classes" in the sidecar .json, or correct --eval'
+        if labels is not None:
+            got += f"; unknown to the model: {_some(sorted(set(own) - set(labels)))}"
+            absent = sorted(set(labels) - set(own))
+            if absent and len(own) == classes:
+                got += f"; not in the data: {_some(absent)}"
+                do = (
+                    "If they are the same classes, give the data's names in the model's order as"
+                    " the class order: a file with one per line, or the word sorted"
+                )
+        return DataError(
+            got, allowed="exactly the model's classes, or a subset of the names it carries", do=do
         )
 
 
@@ -136,15 +221,18 @@ def select(selection: Selection, model: Checkpoint | None = None) -> ImageSet:
     """Open the images of a selection.
 
     Args:
-        selection: Where, what for, how many, and the seed of the draw.
+        selection: Where, what for, how many, the seed of the draw, and where labels come from.
         model: Where given, labels count in its order of classes.
 
     Raises:
         DataError: As `open_images` and `ImageSet.for_model`.
     """
-    images = open_images(selection.where, selection.purpose)
+    images = open_images(selection.where, selection.purpose, selection.label_file)
     if model is not None:
-        images = images.for_model(model.labels, model.architecture.classes)
+        order = None
+        if selection.class_order is not None and images.classes is not None:
+            order = read_order(selection.class_order, images.classes)
+        images = images.for_model(model.labels, model.architecture.classes, order)
     return images.sample(selection.n, selection.seed)
 
 
@@ -154,13 +242,14 @@ def digest(images: ImageSet, hashes: Sequence[str]) -> str:
     return sha256_json(list(zip(hashes, labels, strict=True)))
 
 
-def open_images(where: str, purpose: Purpose) -> ImageSet:
+def open_images(where: str, purpose: Purpose, label_file: str | None = None) -> ImageSet:
     """List the images that serve a purpose.
 
     Args:
-        where: A folder, a .zip, or `digits`. Where it holds train/ and val/ (or validation/,
-            test/), calibration reads train and evaluation the other.
+        where: A place (`calib.sources.opening.KINDS`). Where it holds train/ and val/ (or
+            validation/, test/), calibration reads train and evaluation the other.
         purpose: What they are for.
+        label_file: Their labels (`calib.labels`); None where the source has its own.
 
     Returns:
         All images there, in the order of their names.
@@ -168,158 +257,88 @@ def open_images(where: str, purpose: Purpose) -> ImageSet:
     Raises:
         DataError: There is no such place, it is not readable, or it holds no images.
     """
-    source = _source(where)
-    names = [name for name in source.names() if _is_image(name)]
-    names = _of_split(names, purpose)
+    source: Source = Digits() if where == DIGITS else open_source(where)
+    names, depth = _of_split(source.names(), purpose)
     if not names:
+        left_out = f" but {_some(source.skipped)}" if source.skipped else ""
         raise DataError(
-            f"{source.label} holds no images for {purpose}",
+            f"{source.label} holds no images for {purpose}{left_out}",
             allowed="image files, or folders of them, ending in "
             + " ".join(sorted(IMAGE_SUFFIXES)),
             do="Check the path",
         )
-    parents = [PurePosixPath(name).parent for name in names]
-    depth = Counter(len(parent.parts) for parent in parents)
-    if len(set(parents)) == 1:
-        return ImageSet(
-            source=source, entries=tuple(Entry(name=n, label=None) for n in names), classes=None
-        )
-    if len(depth) > 1:
+    if label_file is None:
+        labels = source.labels(names, depth)
+    elif source.own_labels:
         raise DataError(
-            f"{source.label} is mixed: {len(depth)} depths, as {names[0]} and {names[-1]}",
-            allowed="either images alone, or one folder per class with its images in it",
-            do="Move the images into their class folders",
+            f"{source.label} has labels of its own, and {label_file} is given as well",
+            allowed="one place for labels",
+            do="Leave the label file out",
         )
-    classes = tuple(sorted({parent.name for parent in parents}))
+    else:
+        labels = read_labels(Path(label_file), names)
+    return _labelled(source, names, labels)
+
+
+def _labelled(source: Source, names: Sequence[str], labels: Labels) -> ImageSet:
+    if labels.values is None:
+        entries = tuple(Entry(name=name, label=None) for name in names)
+        return ImageSet(source=source, entries=entries, classes=None)
+    numbered = isinstance(labels.values[0], int)
+    if numbered:
+        numbers = [int(value) for value in labels.values]
+        limit = len(labels.names) if labels.names else MAX_NUMBERED
+        if min(numbers) < 0 or max(numbers) >= limit:
+            raise DataError(
+                f"{source.label} has labels from {min(numbers)} to {max(numbers)}",
+                allowed=f"numbers of classes from 0 to {limit - 1}",
+                do="Correct the labels",
+            )
+        texts = labels.names or tuple(map(str, range(max(numbers) + 1)))
+        values = [texts[number] for number in numbers]
+    else:
+        values = [str(value) for value in labels.values]
+        texts = tuple(values)
+    by_number = numbered and labels.names is None
+    classes = tuple(texts) if by_number else tuple(sorted(set(texts)))
+    if labels.names is not None and len(classes) < len(labels.names):
+        raise DataError(
+            f"{source.label} declares {len(labels.names)} class names, {len(classes)} of them"
+            " different",
+            allowed="names that stand for one class each",
+            do="Correct the names",
+        )
     index = {name: i for i, name in enumerate(classes)}
     entries = tuple(
-        Entry(name=name, label=index[parent.name])
-        for name, parent in zip(names, parents, strict=True)
+        Entry(name=name, label=index[value]) for name, value in zip(names, values, strict=True)
     )
-    return ImageSet(source=source, entries=entries, classes=classes)
+    return ImageSet(source=source, entries=entries, classes=classes, numbered=by_number)
 
 
-def _is_image(name: str) -> bool:
-    path = PurePosixPath(name)
-    # What macOS and editors leave behind carries an image's ending, too.
-    hidden = path.name.startswith(".") or "__MACOSX" in path.parts
-    return path.suffix.lower() in IMAGE_SUFFIXES and not hidden
+def _of_split(names: list[str], purpose: Purpose) -> tuple[list[str], int]:
+    """Keep the split that serves the purpose, where there are splits (one folder down at most).
 
-
-def _source(where: str) -> Source:
-    if where == DIGITS:
-        return _Digits()
-    path = Path(where)
-    if path.is_dir():
-        return _Folder(path)
-    if path.is_file() and zipfile.is_zipfile(path):
-        return _Zip(path)
-    got = "no such folder or file" if not path.exists() else "not a folder and not a zip"
-    raise DataError(
-        f"{where}: {got}",
-        allowed=f"a folder of images, a .zip of one, or the word {DIGITS}",
-        do="Correct --data or --eval",
-    )
-
-
-def _of_split(names: list[str], purpose: Purpose) -> list[str]:
-    """Keep the split that serves the purpose, where there are splits (one folder down at most)."""
-    parts = [PurePosixPath(name).parts for name in names]
+    Returns:
+        The names, and how many of their leading folders are the split and what it lies in.
+    """
+    parts = [name.split("/") for name in names]
     for level in (0, 1):
         found = {p[level] for p in parts if len(p) > level + 1}
-        train = [s for s in SPLITS["calibration"] if s in found]
-        held_out = [s for s in SPLITS["evaluation"] if s in found]
-        if train and held_out:
-            wanted = (train if purpose == "calibration" else held_out)[0]
-            return [n for n, p in zip(names, parts, strict=True) if p[level] == wanted]
+        alone = bool(found) and found <= set(SPLIT_NAMES)
+        held_out = [split for split in SPLITS["evaluation"] if split in found]
+        wanted = [split for split in SPLITS[purpose] if split in found]
+        if ("train" in found and held_out) or (alone and wanted):
+            split = wanted[0]
+            return [
+                n for n, p in zip(names, parts, strict=True) if p[level:-1][:1] == [split]
+            ], level + 1
+        if alone:
+            return names, level + 1
         if len(found) != 1:
             break
-    return names
+    return names, 0
 
 
-class _Folder:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.label = str(path)
-
-    def names(self) -> list[str]:
-        # A link out of the folder is not followed: os.walk's default, which rglob shares.
-        files = (p for p in self.path.rglob("*") if p.is_file())
-        return sorted(p.relative_to(self.path).as_posix() for p in files)
-
-    def read(self, name: str) -> bytes:
-        path = self.path / name
-        try:
-            if path.stat().st_size > MAX_FILE_BYTES:
-                raise _too_large(name, path.stat().st_size)
-            return path.read_bytes()
-        except OSError as error:
-            raise _unreadable(f"{self.label}/{name}", error) from error
-
-
-class _Zip:
-    def __init__(self, path: Path) -> None:
-        self.label = str(path)
-        try:
-            self.file = zipfile.ZipFile(path)
-        except ZIP_ERRORS as error:
-            raise _unreadable(self.label, error) from error
-
-    def names(self) -> list[str]:
-        return sorted(i.filename for i in self.file.infolist() if not i.is_dir())
-
-    def read(self, name: str) -> bytes:
-        info = self.file.getinfo(name)
-        if info.file_size > MAX_FILE_BYTES:
-            raise _too_large(name, info.file_size)
-        try:
-            return self.file.read(info)
-        except ZIP_ERRORS as error:
-            raise _unreadable(f"{self.label}:{name}", error) from error
-
-
-class _Digits:
-    """scikit-learn's 1,797 scanned digits as 8x8 PNG files in train/ and val/."""
-
-    label = DIGITS
-
-    def names(self) -> list[str]:
-        return sorted(_digit_files())
-
-    def read(self, name: str) -> bytes:
-        return _digit_files()[name]
-
-
-@functools.cache
-def _digit_files() -> dict[str, bytes]:
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    order = list(range(len(digits.images)))
-    random.Random(DIGITS_SEED).shuffle(order)
-    held_out = set(order[:DIGITS_EVALUATION])
-    files = {}
-    for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        buffer = io.BytesIO()
-        # Sixteen grey levels; 255 / 16 a level puts white at white.
-        Image.fromarray((pixels * (255 / 16)).round().astype("uint8")).save(buffer, "PNG")
-        split = "val" if i in held_out else "train"
-        files[f"{split}/{label}/{i:04d}.png"] = buffer.getvalue()
-    return files
-
-
-def _too_large(name: str, size: int) -> DataError:
-    return DataError(
-        f"{name} is {size} bytes",
-        allowed=f"image files of at most {MAX_FILE_BYTES} bytes",
-        do="Take it out of the data",
-    )
-
-
-def _unreadable(name: str, error: Exception) -> DataError:
-    return DataError(
-        f"{name} cannot be read ({error})",
-        allowed="readable files",
-        do="Check the file or the archive",
-    )
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - FEW} more" if len(names) > FEW else ""
+    return ", ".join(names[:FEW]) + more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zipfile
 from pathlib import Path
@@ -11,6 +12,8 @@ from PIL import Image
 
 from calib import images
 from calib.images import Entry, ImageSet, open_images, select
+from calib.preprocess import Unreadable
+from calib.sources import base
 from pipeline.errors import DataError
 from pipeline.records import Architecture, Checkpoint, Selection
 
@@ -91,15 +94,19 @@ def test_a_damaged_zip_member_is_a_data_error(tmp_path: Path) -> None:
     content[start : start + 40] = b"\xff" * 40
     path.write_bytes(bytes(content))
     found = open_images(str(path), "calibration")
-    with pytest.raises(DataError, match=r"data\.zip:a\.png cannot be read"):
+    with pytest.raises(Unreadable, match=r"data\.zip:a\.png cannot be read"):
         found.read(found.entries[0])
     assert found.read(found.entries[1]) == noise
+    # `batches` leaves it out; until then it stands for its own name, whatever the damage.
+    first, second = found.hashes()
+    assert second == hashlib.sha256(noise).hexdigest()
+    assert first == hashlib.sha256(b"unreadable: a.png").hexdigest()
 
 
 def test_a_file_that_is_too_large_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(base, "MAX_FILE_BYTES", 10)
     root = _tree(tmp_path / "data", "a.png")
     with zipfile.ZipFile(tmp_path / "data.zip", "w") as archive:
         archive.write(root / "a.png", "a.png")
@@ -122,7 +129,7 @@ def test_what_holds_no_images_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("text")
     with pytest.raises(DataError, match="holds no images for calibration"):
         open_images(str(tmp_path), "calibration")
-    with pytest.raises(DataError, match="not a folder and not a zip"):
+    with pytest.raises(DataError, match="none of the files that hold images"):
         open_images(str(tmp_path / "notes.txt"), "calibration")
 
 
@@ -202,3 +209,119 @@ def test_a_digest_follows_order_contents_and_labels(tmp_path: Path) -> None:
     assert images.digest(pets, ["a", "b"]) == images.digest(pets, ["a", "b"])
     assert images.digest(pets, ["a", "b"]) != images.digest(pets, ["b", "a"])
     assert images.digest(pets, ["a", "b"]) != images.digest(one_class, ["a", "b"])
+
+
+def test_one_class_folder_is_one_class(tmp_path: Path) -> None:
+    found = open_images(str(_tree(tmp_path / "a", "cat/1.png", "cat/2.png")), "evaluation")
+    assert (found.classes, _labels(found)) == (("cat",), [0, 0])
+    root = _tree(tmp_path / "b", "train/cat/1.png", "train/dog/2.png", "val/dog/3.png")
+    found = open_images(str(root), "evaluation")
+    assert (found.classes, _labels(found)) == (("dog",), [0])
+    (tmp_path / "a" / "dog").mkdir()
+    assert open_images(str(tmp_path / "a"), "evaluation").classes == ("cat",)
+
+
+@pytest.mark.parametrize("names", [["val/1.png", "val/2.png"], ["train/0.png", "val/1.png"]])
+def test_images_right_in_a_split_have_no_labels(tmp_path: Path, names: list[str]) -> None:
+    found = open_images(str(_tree(tmp_path, *names)), "evaluation")
+    assert found.classes is None
+    assert {name.split("/")[0] for name in _names(found)} == {"val"}
+    assert open_images(str(tmp_path), "calibration").classes is None
+
+
+def test_val_alone_keeps_its_classes_and_excludes_test(tmp_path: Path) -> None:
+    found = open_images(str(_tree(tmp_path, "val/cat/1.png", "test/dog/2.png")), "evaluation")
+    assert (_names(found), found.classes) == (["val/cat/1.png"], ("cat",))
+
+
+def test_classes_named_as_splits_are_classes_among_others(tmp_path: Path) -> None:
+    root = _tree(tmp_path, "train/1.png", "bus/2.png")
+    assert open_images(str(root), "evaluation").classes == ("bus", "train")
+
+
+def test_names_that_differ_are_told_with_the_way_out(tmp_path: Path) -> None:
+    found = open_images(str(_tree(tmp_path, "hund/1.png", "katze/2.png")), "evaluation")
+    with pytest.raises(DataError) as caught:
+        found.for_model(["cat", "dog"], 2)
+    told = str(caught.value)
+    assert "unknown to the model: hund, katze; not in the data: cat, dog" in told
+    assert "class order" in told
+    with pytest.raises(DataError, match="unknown to the model: hund, katze") as caught:
+        found.for_model(["cat", "dog", "emu"], 3)
+    assert "class order" not in str(caught.value)
+
+
+def test_an_order_replaces_the_models_names(tmp_path: Path) -> None:
+    found = open_images(str(_tree(tmp_path, "hund/1.png", "katze/2.png")), "evaluation")
+    assert _labels(found.for_model(["cat", "dog"], 2, ["katze", "hund"])) == [1, 0]
+    assert _labels(found.for_model(["cat", "dog", "emu"], 3, ["emu", "katze", "hund"])) == [2, 1]
+    with pytest.raises(DataError, match="has 1 names, the model 2 classes; it lacks katze"):
+        found.for_model(["cat", "dog"], 2, ["hund"])
+    with pytest.raises(DataError, match="has 3 names, the model 2 classes"):
+        found.for_model(None, 2, ["hund", "katze", "emu"])
+    with pytest.raises(DataError, match="it lacks hund"):
+        found.for_model(None, 2, ["katze", "emu"])
+
+
+def test_a_selection_states_the_class_order(tmp_path: Path) -> None:
+    root = _tree(tmp_path / "data", "hund/1.png", "katze/2.png")
+    model = Checkpoint(
+        path="net", sha256="0", dialect="own", variant="custom", labels=("cat", "dog"),
+        architecture=Architecture(depths=(1,), dims=(4,), classes=2),
+    )  # fmt: skip
+    order = tmp_path / "order.txt"
+    order.write_text("katze\nhund\n")
+
+    def labels(class_order: str) -> list[int | None]:
+        selection = Selection(
+            where=str(root), purpose="evaluation", n=None, seed=0, class_order=class_order
+        )
+        return _labels(select(selection, model))
+
+    assert labels("sorted") == [0, 1]
+    assert labels(str(order)) == [1, 0]
+    _tree(tmp_path / "data", "huhn/3.png")
+    with pytest.raises(DataError, match="2 names, the model 2 classes; it lacks huhn"):
+        labels(str(order))
+    with pytest.raises(DataError, match="the class order has 3 names, the model 2 classes"):
+        labels("sorted")
+
+
+def test_a_name_that_two_classes_of_the_model_share_is_refused(tmp_path: Path) -> None:
+    found = open_images(str(_tree(tmp_path, "crane/1.png", "ox/2.png")), "evaluation")
+    with pytest.raises(DataError, match="several classes named crane"):
+        found.for_model(["crane", "ox", "crane"], 3)
+
+
+def test_a_label_file_labels_a_flat_folder(tmp_path: Path) -> None:
+    root = _tree(tmp_path / "data", "val/a.png", "val/b.png", "train/cat/c.png")
+    file = tmp_path / "labels.txt"
+    file.write_text("b.png dog\na.png cat\n")
+    selection = Selection(
+        where=str(root), purpose="evaluation", n=None, seed=0, label_file=str(file)
+    )
+    found = select(selection)
+    assert (_names(found), found.classes) == (["val/a.png", "val/b.png"], ("cat", "dog"))
+    assert _labels(found) == [0, 1]
+
+
+def test_numbers_index_the_models_logits(tmp_path: Path) -> None:
+    root = _tree(tmp_path / "data", "a.png", "b.png")
+    file = tmp_path / "labels.txt"
+    file.write_text("a.png 3\nb.png 0\n")
+    found = open_images(str(root), "evaluation", str(file))
+    assert found.numbered
+    assert _labels(found) == [3, 0]
+    mapped = found.for_model(["w", "x", "y", "z"], 4)
+    assert (_labels(mapped), mapped.classes) == ([3, 0], ("w", "x", "y", "z"))
+    assert found.for_model(None, 9).classes == tuple("012345678")
+    with pytest.raises(DataError, match="has the label 3, the model 3 classes"):
+        found.for_model(None, 3)
+    with pytest.raises(DataError, match="numbers its classes"):
+        found.for_model(None, 4, ["a", "b", "c", "d"])
+    # "3" is the name of the model's class 0: either reading could be meant.
+    with pytest.raises(DataError, match="the model's names are other numbers"):
+        found.for_model(["3", "2", "1", "0"], 4)
+    file.write_text("a.png -1\nb.png 0\n")
+    with pytest.raises(DataError, match="labels from -1 to 0"):
+        open_images(str(root), "evaluation", str(file))

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import struct
 import zlib
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
 from calib.images import open_images
-from calib.preprocess import batches, decode, preprocess
+from calib.preprocess import Unreadable, batches, decode, preprocess
 from pipeline.errors import DataError
-from pipeline.records import Interpolation, Preprocessing
+from pipeline.records import CropMode, Interpolation, Preprocessing
 
 PLAIN = Preprocessing(input_size=8, crop_ratio=1.0, interpolation="bilinear", antialias=False)
 
@@ -66,6 +72,13 @@ def test_nearest_repeats_pixels() -> None:
     assert (found == image.transpose(2, 0, 1).repeat(2, axis=1).repeat(2, axis=2)).all()
 
 
+def test_nearest_without_antialias_takes_the_pixel_at_the_centre() -> None:
+    row = np.arange(5, dtype=np.uint8)
+    image = np.broadcast_to(row[None, :, None], (5, 5, 3)).astype(np.uint8)
+    how = Preprocessing(input_size=3, crop_ratio=1.0, interpolation="nearest", antialias=False)
+    assert preprocess(_file(image), "x", how)[0, 0].tolist() == [0, 2, 4]
+
+
 def test_antialias_averages_what_it_leaves_out() -> None:
     board = (np.indices((32, 32)).sum(axis=0) % 2 * 255).astype(np.uint8)
     image = np.repeat(board[..., None], 3, axis=2)
@@ -87,48 +100,6 @@ def test_pixels_are_of_the_size_and_range(
     assert found.max() <= 255
 
 
-def test_grey_and_palette_become_rgb() -> None:
-    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
-    found = preprocess(_file(grey), "x", PLAIN)
-    assert (found == grey[None]).all()
-    palette = io.BytesIO()
-    Image.fromarray(np.full((8, 8, 3), (255, 0, 0), np.uint8)).convert("P").save(palette, "GIF")
-    assert preprocess(palette.getvalue(), "x", PLAIN)[:, 0, 0].tolist() == [255, 0, 0]
-
-
-def test_the_exif_orientation_is_followed() -> None:
-    image = Image.fromarray(_noise(4, 6))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 90 degrees clockwise to show
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", exif=exif)
-    found = decode(buffer.getvalue(), "x")
-    assert found.shape == (6, 4, 3)
-    assert (found == np.rot90(np.asarray(image), -1)).all()
-
-
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF"])
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.6])
-def test_a_truncated_image_is_a_data_error(kind: str, share: float) -> None:
-    whole = _file(_noise(64, 64), kind)
-    with pytest.raises(DataError, match=r"cat/1\.png is not a readable image"):
-        decode(whole[: int(len(whole) * share)], "cat/1.png")
-
-
-def test_text_is_a_data_error() -> None:
-    with pytest.raises(DataError, match="UnidentifiedImageError"):
-        decode(b"<html>not found</html>", "x")
-
-
-@pytest.mark.parametrize("side", [9_000, 40_000])
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(side: int) -> None:
-    small = _file(_noise(2, 2))
-    header = b"IHDR" + struct.pack(">II", side, side) + small[24:29]
-    bomb = small[:12] + header + struct.pack(">I", zlib.crc32(header)) + small[33:]
-    with pytest.raises(DataError, match="would decode to"):
-        decode(bomb, "bomb.png")
-
-
 def test_batches_come_in_order_and_whole() -> None:
     found = open_images("digits", "evaluation").sample(7, 1)
     parts = list(batches(found, PLAIN, 3))
@@ -143,3 +114,145 @@ def test_an_extreme_aspect_ratio_is_refused_before_it_is_resized() -> None:
     how = Preprocessing(input_size=224)
     with pytest.raises(DataError, match="when resized"):
         preprocess(_file(np.zeros((1, 10_000, 3), np.uint8)), "sliver.png", how)
+
+
+def _photo(height: int, width: int, seed: int) -> NDArray[np.uint8]:
+    """Smooth colours with hard edges of black and white, where bicubic overshoots."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    waves = [
+        np.sin(x * rng.uniform(0.01, 0.4) + rng.uniform(0, 6)) * np.cos(y * rng.uniform(0.01, 0.4))
+        for _ in range(3)
+    ]
+    image = np.stack(waves, axis=-1) * 90 + 128 + rng.normal(0, 8, (height, width, 3))
+    image[height // 3 : height // 2, width // 4 :] = 255
+    image[height // 2 : 2 * height // 3, : width // 2] = 0
+    return image.clip(0, 255).astype(np.uint8)
+
+
+def _reference(image: NDArray[np.uint8], how: Preprocessing, size: int, ratio: float) -> Any:
+    module = importlib.import_module("transformers.models.convnext.image_processing_pil_convnext")
+    processor = module.ConvNextImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_pct=ratio,
+        resample=Image.Resampling[how.interpolation.upper()],
+        do_rescale=False,
+        do_normalize=False,
+    )
+    return np.asarray(processor(Image.fromarray(image), return_tensors="np")["pixel_values"][0])
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "lanczos", "nearest"])
+@pytest.mark.parametrize(
+    ("size", "ratio", "mode"),
+    [(224, 224 / 256, "center"), (96, 0.95, "center"), (384, 1.0, "squash"), (416, 1.0, "squash")],
+)
+def test_pixels_are_those_of_transformers_processor(
+    size: int, ratio: float, mode: CropMode, interpolation: Interpolation
+) -> None:
+    how = Preprocessing(
+        input_size=size, crop_ratio=ratio, crop_mode=mode, interpolation=interpolation
+    )
+    for seed, shape in enumerate([(375, 500), (501, 333), (257, 1023), (97, 113), (256, 256)]):
+        image = _photo(*shape, seed)
+        found = preprocess(_file(image), "x", how)
+        assert (found == _reference(image, how, size, ratio)).all(), shape
+
+
+@given(height=st.integers(8, 90), width=st.integers(8, 90), size=st.integers(8, 40))
+@settings(max_examples=40, deadline=None)
+def test_any_geometry_is_that_of_transformers_processor(height: int, width: int, size: int) -> None:
+    image = _photo(height, width, 0)
+    how = Preprocessing(input_size=size)
+    found = preprocess(_file(image), "x", how)
+    assert (found == _reference(image, how, size, 0.875)).all()
+
+
+def test_resize_size_states_the_shorter_side() -> None:
+    data = _file(_photo(90, 120, 1))
+    stated = Preprocessing(input_size=32, resize_size=40, crop_ratio=1.0)
+    assert (
+        preprocess(data, "x", stated)
+        == preprocess(data, "x", Preprocessing(input_size=32, crop_ratio=0.8))
+    ).all()
+
+
+def test_floats_are_interpolated_as_before() -> None:
+    image = _photo(61, 83, 2)
+    how = Preprocessing(input_size=48, crop_ratio=0.75, interpolation="bicubic", antialias=False)
+    pixels = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    whole = torch.nn.functional.interpolate(
+        pixels, [64, int(64 * 83 / 61)], mode="bicubic", align_corners=False
+    )
+    expected = whole[0, :, 8:56, 19 : 19 + 48].clamp(0, 255).numpy()
+    left = (int(64 * 83 / 61) - 48) // 2
+    assert left == 19
+    assert (preprocess(_file(image), "x", how) == expected).all()
+
+
+def test_settings_that_contradict_are_refused() -> None:
+    data = _file(_noise(9, 9))
+    for how, message in (
+        (Preprocessing(input_size=32, resize_size=31), "the crop is larger than the image"),
+        (Preprocessing(input_size=32, interpolation="lanczos", antialias=False), "lanczos"),
+    ):
+        with pytest.raises(DataError, match=message) as caught:
+            preprocess(data, "x", how)
+        assert not isinstance(caught.value, Unreadable)
+        with pytest.raises(DataError, match=message):
+            next(batches(open_images("digits", "evaluation"), how, 1))
+
+
+def test_one_channel_is_grey() -> None:
+    image = _noise(8, 8)
+    for antialias in (False, True):
+        how = Preprocessing(
+            input_size=8, crop_ratio=1.0, antialias=antialias, mean=(0.5,), std=(0.5,)
+        )
+        found = preprocess(_file(image), "x", how)
+        assert found.shape == (1, 8, 8)
+        assert (found[0] == np.asarray(Image.fromarray(image).convert("L"))).all()
+    assert decode(_file(image), "x", channels=1).shape == (8, 8, 1)
+
+
+def _set_of(tmp_path: Path, bad: set[int], count: int = 7) -> Path:
+    for i in range(count):
+        data = _file(np.full((8, 8, 3), i, np.uint8))
+        (tmp_path / f"{i}.png").write_bytes(data[: len(data) // 2] if i in bad else data)
+    return tmp_path
+
+
+def test_unreadable_images_are_left_out_and_named(tmp_path: Path) -> None:
+    found = open_images(str(_set_of(tmp_path, {0, 3, 6})), "calibration")
+    skipped: list[str] = []
+    parts = list(batches(found, PLAIN, 3, skipped=skipped))
+    assert skipped == ["0.png", "3.png", "6.png"]
+    assert [[e.name for e in entries] for entries, _ in parts] == [
+        ["1.png", "2.png", "4.png"],
+        ["5.png"],
+    ]
+    values = [float(p[0, 0, 0]) for _, pixels in parts for p in pixels]
+    assert values == [1, 2, 4, 5]
+    with pytest.raises(DataError, match=r"0\.png is not a readable image"):
+        list(batches(found, PLAIN, 3))
+
+
+@pytest.mark.parametrize("bad", [{0, 1, 2, 3}, set(range(7))])
+def test_a_set_that_is_mostly_unreadable_is_refused(tmp_path: Path, bad: set[int]) -> None:
+    found = open_images(str(_set_of(tmp_path, bad)), "calibration")
+    skipped: list[str] = []
+    message = r"more than half of 7 images are unreadable, as 0\.png, 1\.png, 2\.png"
+    with pytest.raises(DataError, match=message):
+        list(batches(found, PLAIN, 2, skipped=skipped))
+
+
+def test_a_bomb_is_an_error_and_is_not_left_out(tmp_path: Path) -> None:
+    root = _set_of(tmp_path, set())
+    data = (root / "5.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 40_000, 40_000) + data[24:29]
+    checked = header + struct.pack(">I", zlib.crc32(header))
+    (root / "5.png").write_bytes(data[:12] + checked + data[33:])
+    found = open_images(str(root), "calibration")
+    with pytest.raises(DataError, match=r"5\.png would decode to") as caught:
+        list(batches(found, PLAIN, 2, skipped=[]))
+    assert not isinstance(caught.value, Unreadable)
