@@ -5,16 +5,18 @@ In: the checkpoint stage's folder and a selection of images. Out: ranges.json, s
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import TypeAdapter
 
-from calib.collect import collect
+from calib.collect import collect, merge
 from calib.images import select
 from calib.preprocess import batches
 from pipeline import checkpoint
+from pipeline.distributed import group
 from pipeline.fold import fold
 from pipeline.records import Preprocessing, Range, Selection
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from calib.images import ImageSet
     from pipeline.worker import Progress
 
 RANGES = "ranges.json"
@@ -34,32 +37,52 @@ def calibrate_stage(
     model: str,
     selection: dict[str, Any],
     preprocessing: dict[str, Any],
+    workers: int,
+    call: int | None,
     folder: str,
     progress: Progress,
-) -> None:
+) -> dict[str, Any]:
     """Fold a checkpoint and observe every site over the calibration images.
 
     Args:
         model: Folder of the checkpoint stage.
         selection: A `Selection` as JSON.
         preprocessing: A `Preprocessing` as JSON.
+        workers: Processes that decode ahead.
+        call: For `pipeline.distributed.group`.
         folder: Takes ranges.json, site name to `Range`.
         progress: Called per batch.
+
+    Returns:
+        `skipped`: the names of images that could not be decoded.
     """
     record, tensors = checkpoint.read(Path(model))
     how = TypeAdapter(Preprocessing).validate_python(preprocessing)
     images = select(TypeAdapter(Selection).validate_python(selection))
     folded = fold(checkpoint.build(record, tensors), how)
     folded = folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    total = len(images.entries)
 
-    def pixels() -> Iterator[NDArray[np.float32]]:
-        done = 0
+    def observe(part: ImageSet) -> tuple[dict[str, Range], list[str]]:
+        names: list[str] = []
+        return collect(folded, _pixels(part, how, workers, names, progress)), names
+
+    with group(call) as ranks:
+        part = replace(images, entries=tuple(ranks.shard(images.entries)))
+        found = ranks.gather(lambda: observe(part))
+    ranges = merge([of_rank for of_rank, _ in found])
+    skipped = [name for _, names in found for name in names]
+    if ranks.leads:
+        data = TypeAdapter(dict[str, Range]).dump_json(ranges, indent=1)
+        (Path(folder) / RANGES).write_bytes(data)
+    return {"skipped": skipped}
+
+
+def _pixels(
+    images: ImageSet, how: Preprocessing, workers: int, skipped: list[str], progress: Progress
+) -> Iterator[NDArray[np.float32]]:
+    total, done = len(images.entries), 0
+    progress(done, total)
+    for entries, batch in batches(images, how, CALIBRATION_BATCH, workers=workers, skipped=skipped):
+        yield batch
+        done += len(entries)
         progress(done, total)
-        for entries, batch in batches(images, how, CALIBRATION_BATCH):
-            yield batch
-            done += len(entries)
-            progress(done, total)
-
-    ranges = collect(folded, pixels())
-    (Path(folder) / RANGES).write_bytes(TypeAdapter(dict[str, Range]).dump_json(ranges, indent=1))

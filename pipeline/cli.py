@@ -42,10 +42,23 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 def main() -> None:
     """Run the command line; one line and an exit code for whatever a user can cause."""
     try:
-        app()
+        _run_or_serve()
     except EdgeError as error:
         err_console.print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
         sys.exit(error.exit_code)
+
+
+def _run_or_serve() -> None:
+    from pipeline.distributed import rank, release, serve
+
+    if rank() > 0:
+        # Another process of the same torchrun leads; this one takes part in what it announces.
+        serve()
+        return
+    try:
+        app()
+    finally:
+        release()
 
 
 def _escape(error: EdgeError) -> str:
@@ -62,15 +75,29 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
     def command(
         recipe: Annotated[Path | None, typer.Option(help="TOML recipe; flags override it.")] = None,
         checkpoint: Annotated[
-            Path | None,
-            typer.Option(help="A .pth or .safetensors file; left out: the embedded model."),
+            str | None,
+            typer.Option(
+                help="A .pth or .safetensors file, an index of shards, a Hugging Face folder, or "
+                "hf:owner/name; left out: the embedded model."
+            ),
+        ] = None,
+        weights: Annotated[
+            str | None, typer.Option(help="Of a training checkpoint: auto (EMA first), ema, model.")
         ] = None,
         data: Annotated[
-            str | None, typer.Option(help="Folder or zip of images, or `digits`.")
+            str | None,
+            typer.Option(help="Folder, zip, tar, parquet or csv of images, or `digits`."),
         ] = None,
         eval_: Annotated[
             str | None,
             typer.Option("--eval", help="Evaluation images elsewhere; `none`: no evaluation."),
+        ] = None,
+        label_file: Annotated[
+            Path | None, typer.Option("--labels", help="Labels of a flat folder of --eval images.")
+        ] = None,
+        class_order: Annotated[
+            str | None,
+            typer.Option(help="The data's classes in the model's order: a file, or `sorted`."),
         ] = None,
         input_size: Annotated[int | None, typer.Option(help="Side of the image, pixels.")] = None,
         scheme: Annotated[str | None, typer.Option(help="float or w8a8.")] = None,
@@ -101,8 +128,12 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
         crop_ratio: Annotated[
             float | None, typer.Option(help="Centre crop over resized shorter side.")
         ] = None,
+        resize_size: Annotated[
+            int | None, typer.Option(help="Resized shorter side, pixels; over --crop-ratio.")
+        ] = None,
+        crop_mode: Annotated[str | None, typer.Option(help="center or squash.")] = None,
         interpolation: Annotated[
-            str | None, typer.Option(help="nearest, bilinear or bicubic.")
+            str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.")
         ] = None,
         antialias: Annotated[bool | None, typer.Option("--antialias/--no-antialias")] = None,
         mean: Annotated[str | None, typer.Option(help="R,G,B of pixels in [0, 1].")] = None,
@@ -115,9 +146,12 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
         settings = _recipe(
             recipe,
             {
-                "checkpoint": _absolute(checkpoint),
+                "checkpoint": _checkpoint(checkpoint),
+                "weights": weights,
                 "data": _place(data),
                 "eval": _place(eval_),
+                "label_file": _absolute(label_file),
+                "class_order": _order(class_order),
                 "input_size": input_size,
                 "scheme": scheme,
                 "runtimes": tuple(_words(runtimes)) if runtimes is not None else None,
@@ -133,6 +167,8 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
                 "allow_overlap": allow_overlap,
                 "preprocessing": {
                     "crop_ratio": crop_ratio,
+                    "resize_size": resize_size,
+                    "crop_mode": crop_mode,
                     "interpolation": interpolation,
                     "antialias": antialias,
                     "mean": _numbers("--mean", mean),
@@ -233,20 +269,38 @@ def gate(
 
 @app.command()
 def inspect(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint file.")],
+    checkpoint: Annotated[str, typer.Argument(help="A file, an index, a folder, or hf:...")],
     input_size: Annotated[
         int | None, typer.Option(help="Side of the image, pixels; left out: the sidecar's.")
     ] = None,
+    weights: Annotated[str, typer.Option(help="auto (EMA first), ema or model.")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Tell what a checkpoint file holds."""
+    """Tell what a checkpoint holds."""
     from pipeline.inspect import describe, show
 
-    facts = describe(checkpoint, input_size)
+    facts = describe(checkpoint, input_size, weights=_weights(weights))
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
     else:
         show(facts, out_console)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[str, typer.Argument(help="A file, an index, a folder, or hf:...")],
+    to: Annotated[str, typer.Option(help="meta, timm, torchvision, hf or own.")],
+    out: Annotated[
+        Path, typer.Option(help="A .safetensors, .pth, .pt or .bin file; for hf a folder too.")
+    ],
+    weights: Annotated[str, typer.Option(help="auto (EMA first), ema or model.")] = "auto",
+) -> None:
+    """Write a checkpoint in another project's names, values bit for bit."""
+    from pipeline.convert import convert as write
+
+    for lost in write(checkpoint, to, out, weights=_weights(weights)):
+        err_console.print(f"note: {lost}", soft_wrap=True, highlight=False, markup=False)
+    out_console.print(f"{out}", soft_wrap=True, highlight=False, markup=False)
 
 
 @app.command()
@@ -350,6 +404,30 @@ def _print_gate(judged: Gate) -> None:
 
 def _absolute(path: Path | None) -> str | None:
     return str(path.resolve()) if path is not None else None
+
+
+def _checkpoint(where: str | None) -> str | None:
+    from pipeline.locate import HUB_PREFIX
+
+    return where if where is None or where.startswith(HUB_PREFIX) else str(Path(where).resolve())
+
+
+def _order(order: str | None) -> str | None:
+    from calib.labels import SORTED
+
+    return order if order in {None, SORTED} else str(Path(str(order)).resolve())
+
+
+def _weights(word: str) -> Any:
+    from typing import get_args
+
+    from pipeline.records import Weights
+
+    if word not in get_args(Weights):
+        raise UsageError(
+            f"--weights {word}", allowed=", ".join(get_args(Weights)), do="Correct --weights"
+        )
+    return word
 
 
 def _place(where: str | None) -> str | None:

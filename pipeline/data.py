@@ -5,7 +5,7 @@ In: what a recipe says of its data. Out: two disjoint selections with their hash
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from calib.images import DIGITS, digest, select
@@ -33,6 +33,11 @@ class Chosen:
     selection: Selection
     source: DataSource
 
+    def without(self, skipped: Sequence[str]) -> Chosen:
+        """Return the same images with more names of those that could not be used."""
+        names = dict.fromkeys((*self.source.skipped, *skipped))
+        return replace(self, source=self.source.model_copy(update={"skipped": tuple(names)}))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
@@ -41,6 +46,14 @@ class Data:
     calibration: Chosen
     evaluation: Chosen | None
     why_not: str
+
+    def without(self, *, calibration: Sequence[str] = (), evaluation: Sequence[str] = ()) -> Data:
+        """Return the same images with the names of those that could not be decoded."""
+        return replace(
+            self,
+            calibration=self.calibration.without(calibration),
+            evaluation=self.evaluation and self.evaluation.without(evaluation),
+        )
 
 
 def choose(recipe: Recipe, model: Checkpoint, progress: Progress) -> Data:
@@ -95,9 +108,22 @@ def _evaluation(recipe: Recipe, data: str) -> Selection | None:
 
 
 def _selection(recipe: Recipe, where: str, purpose: Purpose, n: int | None) -> Selection:
-    return Selection(where=where, purpose=purpose, n=n, seed=recipe.seed)
+    evaluates = purpose == "evaluation"
+    return Selection(
+        where=where,
+        purpose=purpose,
+        n=n,
+        seed=recipe.seed,
+        label_file=recipe.label_file if evaluates else None,
+        class_order=recipe.class_order if evaluates else None,
+    )
 
 
 def _chosen(selection: Selection, images: ImageSet, hashes: Sequence[str]) -> Chosen:
-    source = DataSource(source=selection.where, n=len(hashes), sha256=digest(images, hashes))
+    source = DataSource(
+        source=selection.where,
+        n=len(hashes),
+        sha256=digest(images, hashes),
+        skipped=images.skipped,
+    )
     return Chosen(selection=selection, source=source)

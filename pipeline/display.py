@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
-    from pipeline.records import Accuracy, Latency
+    from pipeline.records import Accuracy, Latency, Preprocessing
     from pipeline.worker import Progress as Callback
-    from reports.document import Report
+    from reports.document import DataSource, Report
+
+SHOWN = 5
+"""How many names a line shows before it only counts."""
 
 
 def print_results(report: Report, out: Path, console: Console) -> None:
@@ -113,3 +117,28 @@ class Display:
     def note(self, text: str) -> None:
         """Say something that does not stop the run."""
         self.console.print(f"  {text}", highlight=False)
+
+    def preprocessing(self, how: Preprocessing, source: str | None) -> None:
+        """Say how images are prepared, and which file said so."""
+        fit = (
+            "squashed"
+            if how.crop_mode == "squash"
+            else f"shorter side to {how.shorter_side}, centre crop"
+        )
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (how.mean, how.std))
+        self.note(
+            f"preprocessing ({escape(source or 'defaults')}): {how.input_size} px, "
+            f"{how.interpolation}{'' if how.antialias else ' without antialias'}, {fit}, "
+            f"mean {mean}, std {std}"
+        )
+
+    def skipped(self, source: DataSource) -> None:
+        """Name the images that could not be decoded, where there are any."""
+        if not source.skipped:
+            return
+        shown = ", ".join(source.skipped[:SHOWN])
+        more = f" and {len(source.skipped) - SHOWN} more" if len(source.skipped) > SHOWN else ""
+        self.note(
+            f"[yellow]skipped:[/] {len(source.skipped)} of {source.n} images of "
+            f"{escape(f'{source.source}: {shown}{more}')}"
+        )

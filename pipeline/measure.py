@@ -6,12 +6,13 @@ One artifact that fails is a row that says so; the others go on.
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
+from calib.preprocess import spare_workers
 from pipeline import benchmark
 from pipeline.errors import ArtifactError, WorkerError
 from pipeline.records import Accuracy, Agreement, Artifact, Checkpoint, Latency, Preprocessing
@@ -31,6 +32,16 @@ SAMPLES = "samples"
 NOT_ASKED_VERIFY = "not asked: run `convnext-edge verify RUN_DIR`"
 NOT_ASKED_BENCH = "not asked: run `convnext-edge bench RUN_DIR`"
 DATA_LIBRARIES = ("torch", "numpy", "pillow")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verified:
+    """What verifying gave; `skipped` names images that could not be decoded."""
+
+    float_result: FloatResult
+    accuracies: list[Accuracy]
+    agreement: list[Agreement]
+    skipped: tuple[str, ...]
 
 
 class Verification:
@@ -59,9 +70,7 @@ class Verification:
         self.how = asdict(preprocessing)
         self.asked = asked
 
-    def run(
-        self, artifacts: Sequence[Artifact], data: Data
-    ) -> tuple[FloatResult, list[Accuracy], list[Agreement]]:
+    def run(self, artifacts: Sequence[Artifact], data: Data) -> Verified:
         """Return the float result, one accuracy per artifact, and every pair's agreement."""
         if data.evaluation is None:
             return self._nothing(artifacts, data.why_not)
@@ -72,14 +81,24 @@ class Verification:
             "selection": asdict(data.evaluation.selection),
             "preprocessing": self.how,
         }
+        n = data.evaluation.source.n
+        beside = spare_workers(n, self.stages.cores, beside=min(len(artifacts), self.stages.cores))
         stage = self._stage("reference", inputs, (), ())
         if not self.asked and not self.stages.is_done(stage):
             return self._nothing(artifacts, NOT_ASKED_VERIFY)
-        reference = self.stages.do(stage, "pipeline.verify:float_stage", **arguments)
+        reference = self.stages.do(
+            stage,
+            "pipeline.verify:float_stage",
+            shared=True,
+            workers=spare_workers(n, self.stages.cores),
+            **arguments,
+        )
 
         def verify(artifact: Artifact) -> tuple[Accuracy, Path | None]:
             return self._artifact(
-                artifact, inputs, {**arguments, "reference": str(reference.folder)}
+                artifact,
+                inputs,
+                {**arguments, "reference": str(reference.folder), "workers": beside},
             )
 
         results = self.stages.side_by_side(verify, artifacts)
@@ -89,7 +108,13 @@ class Verification:
             if folder is not None
         ]
         accuracies = [accuracy for accuracy, _ in results]
-        return FloatResult(**reference.value), accuracies, self._agreement(measured)
+        value = reference.value
+        return Verified(
+            float_result=FloatResult(top1=value["top1"], n=value["n"]),
+            accuracies=accuracies,
+            agreement=self._agreement(measured),
+            skipped=tuple(value["skipped"]),
+        )
 
     def _stage(
         self,
@@ -128,10 +153,13 @@ class Verification:
             done = self.stages.do(
                 stage,
                 "pipeline.verify:artifact_stage",
+                shared=True,
                 **arguments,
-                name=target.name,
-                path=str(self.stages.out / artifact.path),
-                batch=artifact.export.batch,
+                artifact={
+                    "runtime": target.name,
+                    "path": str(self.stages.out / artifact.path),
+                    "batch": artifact.export.batch,
+                },
             )
         except (WorkerError, ArtifactError) as error:
             return Accuracy(outcome="failed", reason=str(error)), None
@@ -149,11 +177,14 @@ class Verification:
         return TypeAdapter(list[Agreement]).validate_python(done.value)
 
     @staticmethod
-    def _nothing(
-        artifacts: Sequence[Artifact], reason: str
-    ) -> tuple[FloatResult, list[Accuracy], list[Agreement]]:
+    def _nothing(artifacts: Sequence[Artifact], reason: str) -> Verified:
         nothing = Accuracy(outcome="not_run", reason=reason)
-        return FloatResult(top1=None, n=None), [nothing for _ in artifacts], []
+        return Verified(
+            float_result=FloatResult(top1=None, n=None),
+            accuracies=[nothing for _ in artifacts],
+            agreement=[],
+            skipped=(),
+        )
 
 
 class Timing:

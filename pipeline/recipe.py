@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import UsageError
-from pipeline.records import Interpolation, PositiveFloat, PositiveInt, Scheme
+from pipeline.records import CropMode, Interpolation, PositiveFloat, PositiveInt, Scheme, Weights
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -70,9 +70,11 @@ class PreprocessingOverride(_Strict):
 
     crop_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
     interpolation: Interpolation | None = None
+    resize_size: PositiveInt | None = None
+    crop_mode: CropMode | None = None
     antialias: bool | None = None
-    mean: tuple[float, float, float] | None = None
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[PositiveFloat, ...] | None = None
 
 
 class Recipe(_Strict):
@@ -83,6 +85,11 @@ class Recipe(_Strict):
         data: A folder, a zip or `digits`; None is `digits`, with the embedded model only.
         eval: Where the evaluation images lie when not in `data`; `none` leaves evaluation out.
         input_size: Side of the image in pixels; None takes the sidecar's.
+        weights: Which of a training checkpoint's weights: `ema`, `model`, or `auto`, the EMA where
+            there is one.
+        label_file: Labels of a flat folder of evaluation images.
+        class_order: The data's class names in the order of the model's logits: a file with one per
+            line, or `sorted`; None matches by name.
         isa: Where the artifacts will run; `auto` takes each runtime's default.
         placement: Which layers run in integers; None takes each runtime's default.
     """
@@ -90,6 +97,9 @@ class Recipe(_Strict):
     checkpoint: str | None = None
     data: str | None = None
     eval: str | None = None
+    weights: Weights = "auto"
+    label_file: str | None = None
+    class_order: str | None = None
     input_size: PositiveInt | None = None
     scheme: Scheme = "w8a8"
     runtimes: tuple[str, ...] = RUNTIMES

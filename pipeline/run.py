@@ -10,15 +10,18 @@ word. Every stage is looked up in the store first and runs in a worker process w
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from calib.preprocess import spare_workers
 from pipeline.conclude import conclude
 from pipeline.data import choose
+from pipeline.dialect import dialect_modules
 from pipeline.errors import ArtifactError, UsageError
+from pipeline.locate import locate
 from pipeline.measure import Timing, Verification
 from pipeline.recipe import NONE, Recipe
 from pipeline.records import (
@@ -34,7 +37,7 @@ from pipeline.sidecar import DEFAULT_INPUT_SIZE, read_sidecar
 from pipeline.stages import Done, Stages
 from pipeline.store import Stage, publish, sha256_file, write_atomic
 from pipeline.worker import end_all
-from reports import assemble
+from reports import assemble, document
 from reports.document import REPORT
 from targets import base
 from targets.base import check_expressible
@@ -135,21 +138,24 @@ class _Run:
             for scheme in self._schemes():
                 check_expressible(self._wanted(target, scheme), target)
         self.device = base.device(recipe.device)
-        self.source = Path(recipe.checkpoint) if recipe.checkpoint else EMBEDDED
-        self.sidecar = read_sidecar(self.source)
+        self.located = locate(recipe.checkpoint or EMBEDDED)
+        self.sidecar = read_sidecar(self.located)
         self.preprocessing = self._preprocessing()
         self.stages = Stages(out, display, cores=available_cores())
 
     def execute(self, steps: Steps) -> Finished:
+        self.display.preprocessing(self.preprocessing, self.sidecar.source)
         loaded, model = self._checkpoint()
         with self.display.stage("data") as progress:
             data = choose(self.recipe, model, progress)
-        quantized = self._quantize(loaded, model, data)
+        calibrated = self._calibrate(loaded, data)
+        quantized = self._quantize(loaded, model, data, calibrated)
         # Only now: what was refused must not stand beside the results of an earlier run.
         write_atomic(self.out / RECIPE, self.recipe.model_dump_json(indent=2).encode())
         report = None
         if steps.export:
             artifacts = self._export(quantized)
+            data = data.without(calibration=calibrated.value["skipped"])
             report = self._report(steps, loaded, model, data, artifacts)
         store = self.stages.store
         return Finished(report=report, made=tuple(store.made), reused=tuple(store.reused))
@@ -165,7 +171,11 @@ class _Run:
         verification = Verification(
             self.stages, loaded, model, self.preprocessing, asked=steps.verify
         )
-        float_result, accuracies, agreement = verification.run(artifacts, data)
+        verified = verification.run(artifacts, data)
+        data = data.without(evaluation=verified.skipped)
+        for chosen in (data.calibration, data.evaluation):
+            if chosen is not None:
+                self.display.skipped(chosen.source)
         size = self.preprocessing.input_size
         batch = 1 if self.recipe.batch == "dynamic" else self.recipe.batch
         timing = Timing(
@@ -180,16 +190,19 @@ class _Run:
             local=_this_machine(),
             distributions=[d for t in self.targets for d in t.capabilities.distributions],
             checkpoint=assemble.model(model, loaded.value, size),
-            calibration=data.calibration.source,
-            evaluation=data.evaluation.source if data.evaluation else None,
-            float_result=float_result,
+            data=document.Data(
+                calibration=data.calibration.source,
+                evaluation=data.evaluation.source if data.evaluation else None,
+                preprocessing=asdict(self.preprocessing),
+            ),
+            float_result=verified.float_result,
             artifacts=[
                 assemble.artifact_row(artifact, accuracy, [latency])
                 for artifact, accuracy, latency in zip(
-                    artifacts, accuracies, latencies, strict=True
+                    artifacts, verified.accuracies, latencies, strict=True
                 )
             ],
-            agreement=agreement,
+            agreement=verified.agreement,
         )
         # What only exported has nothing to be judged by.
         budget = self.recipe.gate if steps.verify or steps.bench else None
@@ -224,54 +237,61 @@ class _Run:
             return Preprocessing(**settings)
         except ValidationError as error:
             first = error.errors()[0]
+            name = first["loc"][0] if first["loc"] else None
+            got = f"{name} is {first['input']!r} ({first['msg']})" if name else first["msg"]
             raise UsageError(
-                f"preprocessing: {first['loc'][0]} is {first['input']!r} ({first['msg']})",
-                allowed="input_size, crop_ratio, interpolation, antialias, mean, std",
+                f"preprocessing: {got}",
+                allowed=", ".join(item.name for item in fields(Preprocessing)),
                 do="Correct the sidecar .json, the recipe or the flag",
             ) from error
 
     # --- stages, in the order of the flow ------------------------------------------------------
 
     def _checkpoint(self) -> tuple[Done, Checkpoint]:
-        labels, size = self.sidecar.labels, self.preprocessing.input_size
+        how: dict[str, Any] = {
+            "where": self.located.path,
+            "weights": self.recipe.weights,
+            "input_size": self.preprocessing.input_size,
+            "channels": self.preprocessing.channels,
+        }
         stage = Stage(
             name="checkpoint",
-            modules=("pipeline.checkpoint",),
-            # What is not a file is for the stage to complain about.
-            inputs={"file": _sha256_or_nothing(self.source)},
-            settings={"path": str(self.source), "labels": labels, "input_size": size},
+            modules=("pipeline.checkpoint", *dialect_modules()),
+            inputs={"file": self.located.sha256()},
+            # What lies beside the weights counts too: names of classes, a LayerNorm's eps.
+            settings={**how, "sidecar": asdict(self.sidecar)},
             libraries=("torch", "safetensors"),
         )
-        done = self.stages.do(
-            stage,
-            "pipeline.checkpoint:load_stage",
-            path=str(self.source),
-            labels=labels and list(labels),
-            input_size=size,
-        )
+        done = self.stages.do(stage, "pipeline.checkpoint:load_stage", **how)
         for warning in done.value["warnings"]:
             self.display.note(f"[yellow]odd weights:[/] {warning}")
         record = (done.folder / "checkpoint.json").read_bytes()
         return done, TypeAdapter(Checkpoint).validate_json(record)
 
-    def _quantize(self, loaded: Done, checkpoint: Checkpoint, data: Data) -> Path:
+    def _calibrate(self, loaded: Done, data: Data) -> Done:
         how = asdict(self.preprocessing)
-        parents = {"checkpoint": checkpoint.sha256, "calibration": data.calibration.source.sha256}
-        # A stage's folder is named after all that went into it, the reading of the names included.
-        inputs = {**parents, "loaded": loaded.folder.name}
-        calibrated = self.stages.do(
-            Stage(
-                name="calibrate",
-                modules=("pipeline.calibrate",),
-                inputs=inputs,
-                settings={"preprocessing": how},
-                libraries=("torch", "numpy", "pillow"),
-            ),
+        stage = Stage(
+            name="calibrate",
+            modules=("pipeline.calibrate",),
+            # A stage's folder is named after all that went into it.
+            inputs={"images": data.calibration.source.sha256, "loaded": loaded.folder.name},
+            settings={"preprocessing": how},
+            libraries=("torch", "numpy", "pillow"),
+        )
+        return self.stages.do(
+            stage,
             "pipeline.calibrate:calibrate_stage",
+            shared=True,
+            workers=spare_workers(data.calibration.source.n, self.stages.cores),
             model=str(loaded.folder),
             selection=asdict(data.calibration.selection),
             preprocessing=how,
         )
+
+    def _quantize(self, loaded: Done, checkpoint: Checkpoint, data: Data, calibrated: Done) -> Path:
+        how = asdict(self.preprocessing)
+        parents = {"checkpoint": checkpoint.sha256, "calibration": data.calibration.source.sha256}
+        inputs = {**parents, "loaded": loaded.folder.name}
         quantized = self.stages.do(
             Stage(
                 name="quantize",
@@ -341,13 +361,6 @@ class _Run:
             export_seconds=done.seconds,
             export_peak_memory_bytes=done.peak_memory_bytes,
         )
-
-
-def _sha256_or_nothing(path: Path) -> str:
-    try:
-        return sha256_file(path) if path.is_file() else ""
-    except OSError:
-        return ""
 
 
 def _this_machine() -> DeviceInfo:

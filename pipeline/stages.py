@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from pipeline.distributed import announce
 from pipeline.store import Stage, Store
 from pipeline.worker import Worker, end_all
 
@@ -63,7 +64,13 @@ class Stages:
         return self.store.find(stage) is not None
 
     def do(
-        self, stage: Stage, function: str, *, worker: Worker | None = None, **arguments: object
+        self,
+        stage: Stage,
+        function: str,
+        *,
+        worker: Worker | None = None,
+        shared: bool = False,
+        **arguments: object,
     ) -> Done:
         """Return a finished stage, made now where it is missing.
 
@@ -71,6 +78,8 @@ class Stages:
             stage: What it depends on.
             function: `module:function`, called in a worker with the arguments, `folder` and
                 `progress`.
+            shared: Whether the processes that torchrun started divide its images; the function
+                then takes `call` too, for `pipeline.distributed.group`.
             worker: To share one process between stages; None starts one for this stage.
             **arguments: JSON values.
 
@@ -81,6 +90,8 @@ class Stages:
         def make(folder: Path, progress: Progress) -> None:
             with ExitStack() as stack:
                 hand = worker or stack.enter_context(self.worker(stage.name))
+                if shared:
+                    arguments["call"] = announce(function, arguments)
                 reply = hand.call(function, progress=progress, folder=str(folder), **arguments)
             (folder / RESULT).write_text(json.dumps(asdict(reply), indent=1))
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import base64
 import itertools
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -18,13 +18,17 @@ from pydantic import TypeAdapter
 from calib.images import select
 from calib.preprocess import batches
 from pipeline import checkpoint
+from pipeline.distributed import group
 from pipeline.records import Accuracy, Agreement, Export, Preprocessing, Selection
 from pipeline.statistics import paired_difference_interval, sqnr_db
 from targets.base import run_padded, runtime
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
+    from calib.images import ImageSet
     from pipeline.worker import Progress
 
 LOGITS, LABELS = "logits.npy", "labels.npy"
@@ -35,6 +39,8 @@ def float_stage(
     model: str,
     selection: dict[str, Any],
     preprocessing: dict[str, Any],
+    workers: int,
+    call: int | None,
     folder: str,
     progress: Progress,
 ) -> dict[str, Any]:
@@ -44,11 +50,13 @@ def float_stage(
         model: Folder with the checkpoint stage's record and tensors.
         selection: A `Selection` as JSON.
         preprocessing: A `Preprocessing` as JSON.
+        workers: Processes that decode ahead.
+        call: For `pipeline.distributed.group`.
         folder: Takes logits.npy (float32, (n, classes)) and labels.npy (int64, (n,)).
         progress: Called per batch.
 
     Returns:
-        `top1` and `n`.
+        `top1` and `n`; `skipped`, the names of images that could not be decoded.
     """
     import torch
 
@@ -57,60 +65,111 @@ def float_stage(
     how = TypeAdapter(Preprocessing).validate_python(preprocessing)
     images = select(TypeAdapter(Selection).validate_python(selection), record)
     mean, std = (torch.tensor(v)[:, None, None] * 255 for v in (how.mean, how.std))
-    parts = []
-    progress(0, len(images.entries))
-    with torch.inference_mode():
-        for _, pixels in batches(images, how, FLOAT_BATCH):
-            parts.append(network((torch.from_numpy(pixels) - mean) / std).numpy())
-            progress(sum(map(len, parts)), len(images.entries))
-    logits = np.concatenate(parts)
-    labels = np.array([entry.label for entry in images.entries], np.int64)
-    np.save(Path(folder) / LOGITS, logits)
-    np.save(Path(folder) / LABELS, labels)
-    return {"top1": float((logits.argmax(axis=1) == labels).mean()), "n": len(labels)}
+
+    def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            logits: NDArray[np.float32] = network((torch.from_numpy(pixels) - mean) / std).numpy()
+            return logits
+
+    seen = _over_images(run, images, _Batches(how, FLOAT_BATCH, workers), call, progress)
+    if seen.leads:
+        np.save(Path(folder) / LOGITS, seen.logits)
+        np.save(Path(folder) / LABELS, seen.labels)
+    top1 = float((seen.logits.argmax(axis=1) == seen.labels).mean())
+    return {"top1": top1, "n": len(seen.labels), "skipped": seen.skipped}
 
 
 def artifact_stage(
     model: str,
-    name: str,
-    path: str,
-    batch: int | str,
+    artifact: dict[str, Any],
     selection: dict[str, Any],
     preprocessing: dict[str, Any],
     reference: str,
+    workers: int,
+    call: int | None,
     folder: str,
     progress: Progress,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Run an artifact over the evaluation images and compare it with the float model.
 
     Args:
         model: Folder of the checkpoint stage.
-        name: The runtime.
-        path: The artifact.
-        batch: Its batch; `dynamic` is run one by one.
+        artifact: Its `runtime`, `path` and `batch`; a batch that is `dynamic` is run one by one.
         selection: A `Selection` as JSON.
         preprocessing: A `Preprocessing` as JSON.
         reference: Folder with the float model's logits.npy and labels.npy.
+        workers: Processes that decode ahead.
+        call: For `pipeline.distributed.group`.
         folder: Takes logits.npy.
         progress: Called per image.
 
     Returns:
-        An `Accuracy` as JSON.
+        An `Accuracy` as JSON; None on a rank that does not lead.
     """
     record = checkpoint.read_record(Path(model))
     how = TypeAdapter(Preprocessing).validate_python(preprocessing)
     images = select(TypeAdapter(Selection).validate_python(selection), record)
-    session = runtime(name).load(Path(path), threads=1)
-    parts = []
-    progress(0, len(images.entries))
-    size = batch if isinstance(batch, int) else 1
-    for _, pixels in batches(images, how, size):
-        parts.append(run_padded(session, pixels, size))
-        progress(sum(map(len, parts)), len(images.entries))
-    logits = np.concatenate(parts)
-    np.save(Path(folder) / LOGITS, logits)
+    session = runtime(artifact["runtime"]).load(Path(artifact["path"]), threads=1)
+    size = artifact["batch"] if isinstance(artifact["batch"], int) else 1
+
+    def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+        return run_padded(session, pixels, size)
+
+    seen = _over_images(run, images, _Batches(how, size, workers), call, progress)
+    if not seen.leads:
+        return None
+    np.save(Path(folder) / LOGITS, seen.logits)
     labels = np.load(Path(reference) / LABELS)
-    return asdict(compare(np.load(Path(reference) / LOGITS), logits, labels))
+    return asdict(compare(np.load(Path(reference) / LOGITS), seen.logits, labels))
+
+
+class _Batches(NamedTuple):
+    """How images become batches: preprocessing, size, and processes that decode ahead."""
+
+    how: Preprocessing
+    size: int
+    workers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Seen:
+    """What a run over all images gave: logits (n, classes), labels (n,), undecodable names."""
+
+    logits: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    skipped: list[str]
+    leads: bool
+
+
+def _over_images(
+    run: Callable[[NDArray[np.float32]], NDArray[np.float32]],
+    images: ImageSet,
+    of: _Batches,
+    call: int | None,
+    progress: Progress,
+) -> _Seen:
+    """Run something over every image, in the images' order, however many processes share them."""
+
+    def over(part: ImageSet) -> tuple[list[NDArray[np.float32]], list[int | None], list[str]]:
+        logits: list[NDArray[np.float32]] = []
+        labels: list[int | None] = []
+        skipped: list[str] = []
+        progress(0, len(part.entries))
+        for entries, pixels in batches(part, of.how, of.size, workers=of.workers, skipped=skipped):
+            logits.append(run(pixels))
+            labels += [entry.label for entry in entries]
+            progress(len(labels) + len(skipped), len(part.entries))
+        return logits, labels, skipped
+
+    with group(call) as ranks:
+        mine = replace(images, entries=tuple(ranks.shard(images.entries)))
+        found = ranks.gather(lambda: over(mine))
+    return _Seen(
+        logits=np.concatenate([part for logits, _, _ in found for part in logits]),
+        labels=np.array([label for _, labels, _ in found for label in labels], np.int64),
+        skipped=[name for _, _, names in found for name in names],
+        leads=ranks.leads,
+    )
 
 
 def compare(

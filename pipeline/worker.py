@@ -222,7 +222,8 @@ def _crash(error: Exception) -> dict[str, Any]:
 
 
 def _described(error: EdgeError) -> dict[str, str]:
-    kind = type(error).__name__
+    # What a module refines of its own crosses as the class of `pipeline.errors` that it is.
+    kind = next(c.__name__ for c in type(error).__mro__ if c.__module__ == errors.__name__)
     return {"kind": kind, "got": error.got, "allowed": error.allowed, "do": error.do}
 
 

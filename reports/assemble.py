@@ -13,7 +13,6 @@ from pipeline.store import library_versions
 from reports.document import (
     ArtifactRow,
     Data,
-    DataSource,
     FloatResult,
     Gate,
     Host,
@@ -84,8 +83,7 @@ def report(
     local: DeviceInfo,
     distributions: Sequence[str],
     checkpoint: Model,
-    calibration: DataSource | None,
-    evaluation: DataSource | None,
+    data: Data,
     float_result: FloatResult,
     artifacts: Sequence[ArtifactRow],
     agreement: Sequence[Agreement],
@@ -94,7 +92,7 @@ def report(
     return Report(
         host=host(local, distributions),
         model=checkpoint,
-        data=Data(calibration=calibration, evaluation=evaluation),
+        data=data,
         float_result=float_result,
         artifacts=tuple(artifacts),
         agreement=tuple(agreement),

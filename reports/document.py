@@ -8,7 +8,7 @@ loss; times are milliseconds.
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -52,18 +52,26 @@ class Model(_Model):
 
 
 class DataSource(_Model):
-    """Images that were used: where from, how many, and the hash of their list and contents."""
+    """Images that were used: where from, how many, and the hash of their list and contents.
+
+    `skipped` names those that could not be decoded.
+    """
 
     source: str
     n: int
     sha256: str
+    skipped: tuple[str, ...] = ()
 
 
 class Data(_Model):
-    """What calibrated and what evaluated; null where nothing did."""
+    """What calibrated and what evaluated; null where nothing did.
+
+    `preprocessing` has the fields of `pipeline.records.Preprocessing`, for both.
+    """
 
     calibration: DataSource | None
     evaluation: DataSource | None
+    preprocessing: dict[str, Any] | None = None
 
 
 class FloatResult(_Model):

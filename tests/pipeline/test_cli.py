@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -356,7 +357,92 @@ def _predict_no_image(place: Place) -> Asked:
     return Asked(["predict", artifact, place.tmp / "notes.txt"])
 
 
+# --- any ConvNeXt, from anywhere ----------------------------------------------------------------
+
+
+def _own(place: Place, architecture: Architecture = TINY) -> Path:
+    path = place.tmp / "tiny.safetensors"
+    checkpoint.save(path, seeded(architecture, 0), labels=None)
+    return path
+
+
+def _hub_without_network(place: Place) -> Asked:
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(place.tmp / "hub")}
+    return Asked(["inspect", "hf:someone/convnext"], environment=nowhere)
+
+
+def _hub_without_owner(place: Place) -> Asked:
+    return Asked(["inspect", "hf:convnext"], environment={"HF_HOME": str(place.tmp / "hub")})
+
+
+def _unknown_weights(place: Place) -> Asked:
+    return Asked(["inspect", _own(place), "--weights", "best"])
+
+
+def _absent_average(place: Place) -> Asked:
+    torch.save({"model": _state()}, place.tmp / "plain.pth")
+    return Asked(["inspect", place.tmp / "plain.pth", "--weights", "ema"])
+
+
+def _backbone_only(place: Place) -> Asked:
+    state = {n: t for n, t in _state().items() if not n.startswith("head.")}
+    torch.save({n: t for n, t in state.items() if n != "norm.weight"}, place.tmp / "trunk.pth")
+    return Asked(["inspect", place.tmp / "trunk.pth"])
+
+
+def _rms_norm(place: Place) -> Asked:
+    tensors = {
+        "stem.0.weight": torch.ones(4, 3, 4, 4),
+        "stem.0.bias": torch.ones(4),
+        "stem.1.weight": torch.ones(4),
+        "stages.0.blocks.0.conv_dw.weight": torch.ones(4, 1, 7, 7),
+        "stages.0.blocks.0.conv_dw.bias": torch.ones(4),
+        "stages.0.blocks.0.norm.weight": torch.ones(4),
+        "head.norm.weight": torch.ones(4),
+        "head.fc.weight": torch.ones(2, 4),
+        "head.fc.bias": torch.ones(2),
+    }
+    torch.save(tensors, place.tmp / "zepto.pth")
+    return Asked(["inspect", place.tmp / "zepto.pth"])
+
+
+def _convert_to_nobody(place: Place) -> Asked:
+    return Asked(["convert", _own(place), "--to", "keras", "--out", place.tmp / "a.pth"])
+
+
+def _convert_to_odd_ending(place: Place) -> Asked:
+    return Asked(["convert", _own(place), "--to", "meta", "--out", place.tmp / "a.h5"])
+
+
+def _convert_what_cannot_be(place: Place) -> Asked:
+    v2 = replace(TINY, grn=True, layer_scale=False)
+    out = place.tmp / "a.pth"
+    return Asked(["convert", _own(place, v2), "--to", "torchvision", "--out", out])
+
+
+def _grey_network_with_colours(place: Place) -> Asked:
+    _own(place, replace(TINY, in_channels=1))
+    return _from_checkpoint(place, "tiny.safetensors")
+
+
+def _unknown_class_order(place: Place) -> Asked:
+    _own(place)
+    asked = _from_checkpoint(place, "tiny.safetensors")
+    return Asked([*asked.words, "--class-order", place.tmp / "absent.txt", "--eval", "digits"])
+
+
 CASES = (
+    Case("hub without network", _hub_without_network, ("hf:someone/convnext", "network")),
+    Case("hub without owner", _hub_without_owner, ("hf:convnext", "hf:owner/name")),
+    Case("unknown weights", _unknown_weights, ("--weights best", "auto, model, ema"), code=2),
+    Case("absent average", _absent_average, ("plain.pth", "moving average", "model")),
+    Case("backbone only", _backbone_only, ("trunk.pth", "backbone only")),
+    Case("RMSNorm", _rms_norm, ("zepto.pth", "timm", "RMSNorm")),
+    Case("convert to nobody", _convert_to_nobody, ("keras", "torchvision"), code=2),
+    Case("convert to an odd ending", _convert_to_odd_ending, ("a.h5", ".safetensors"), code=2),
+    Case("convert what cannot be", _convert_what_cannot_be, ("torchvision", "GRN")),
+    Case("grey network", _grey_network_with_colours, ("takes 1 channels", "--mean 0.5")),
+    Case("unknown class order", _unknown_class_order, ("absent.txt",)),
     Case("no checkpoint", _no_checkpoint, ("no such checkpoint", "absent.pth", ".safetensors")),
     Case("folder as checkpoint", _folder_as_checkpoint, ("folder.pth is a folder",)),
     Case("truncated pickle", _truncated_pickle, ("cut.pth", "truncated or damaged")),
@@ -373,9 +459,9 @@ CASES = (
     Case("no data", _no_data, ("checkpoint without data", "--data"), code=2),
     Case("empty data", _empty_data, ("holds no images", ".jpg")),
     Case("absent data", _absent_data, ("no such folder or file", "a folder of images")),
-    Case("damaged zip", _damaged_zip, ("a.bmp", "cannot be read", "readable")),
+    Case("damaged zip", _damaged_zip, ("a.bmp", "unreadable", "damaged")),
     Case("zip without directory", _zip_without_directory, ("data cannot be read", "archive")),
-    Case("text as image", _text_as_image, ("notes.jpg", "not a readable image", "JPEG")),
+    Case("text as image", _text_as_image, ("notes.jpg", "unreadable", "damaged")),
     Case("decompression bomb", _bomb_as_image, ("bomb.png", "pixels", "at most")),
     Case("mixed data", _mixed_data, ("is mixed", "one folder per class")),
     Case(

@@ -1,0 +1,90 @@
+"""Two real gloo processes find what one finds."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.distributed import Group
+from pipeline.errors import DataError
+
+ROOT = Path(__file__).parents[2]
+
+
+def torchrun(*words: str, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={processes}", "-m", "pipeline.cli", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    words = ["--runtimes", "onnx", "--no-bench", "--calibration-images", "61"]
+    words += ["--eval-images", "53", "--out"]
+    alone = [sys.executable, "-m", "pipeline.cli", "run", *words, str(folder / "one")]
+    subprocess.run(alone, capture_output=True, cwd=ROOT, check=True)
+    shared = torchrun("run", *words, str(folder / "two"))
+    assert shared.returncode == 0, shared.stderr[-2000:]
+    return folder / "one", folder / "two"
+
+
+def stage(run: Path, name: str) -> Path:
+    (found,) = (run / "stages").glob(f"{name}-*")
+    return found
+
+
+def test_statistics_equal_those_of_one_process(runs: tuple[Path, Path]) -> None:
+    one, two = (json.loads((stage(run, "calibrate") / "ranges.json").read_text()) for run in runs)
+    assert one.keys() == two.keys()
+    for name, alone in one.items():
+        shared = two[name]
+        assert shared["count"] == alone["count"]
+        for bound in ("minimum", "maximum"):
+            assert shared[bound] == pytest.approx(alone[bound], rel=1e-6)
+
+
+def test_logits_come_in_the_order_of_the_images(runs: tuple[Path, Path]) -> None:
+    for name in ("verify-reference", "verify-onnx-float", "verify-onnx-w8a8"):
+        one, two = (np.load(stage(run, name) / "logits.npy") for run in runs)
+        assert one.shape == two.shape == (53, 10)
+        assert np.abs(one - two).max() <= 1e-6 * np.abs(one).max() or name.endswith("w8a8")
+    one, two = (np.load(stage(run, "verify-reference") / "labels.npy") for run in runs)
+    assert (one == two).all()
+
+
+def test_reports_agree(runs: tuple[Path, Path]) -> None:
+    one, two = (json.loads((run / "report.json").read_text()) for run in runs)
+    assert one["float"] == two["float"]
+    assert one["data"] == two["data"]
+
+
+def test_an_error_of_one_rank_ends_all_with_one_line(tmp_path: Path) -> None:
+    done = torchrun(
+        "run", "--data", str(tmp_path / "nothing"), "--checkpoint", "no.pth", "--out", str(tmp_path)
+    )
+    assert done.returncode != 0
+    assert "no such checkpoint" in done.stderr
+
+
+def test_shards_are_the_whole_in_order() -> None:
+    for size in (1, 2, 3, 7):
+        for n in (0, 1, 5, 12):
+            items = list(range(n))
+            parts = [Group(rank=rank, size=size).shard(items) for rank in range(size)]
+            assert [item for part in parts for item in part] == items
+
+
+def test_alone_the_work_is_done_and_its_error_raised() -> None:
+    assert Group().gather(lambda: 7) == [7]
+
+    def fails() -> int:
+        raise DataError("nothing", allowed="something", do="Look")
+
+    with pytest.raises(DataError):
+        Group().gather(fails)
