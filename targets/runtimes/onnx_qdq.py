@@ -28,7 +28,7 @@ from targets.base import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     import onnx
     from numpy.typing import NDArray
@@ -114,13 +114,28 @@ def _load(path: Path) -> onnx.ModelProto:
             allowed="an artifact that `convnext-edge export` wrote",
             do="Export it again",
         ) from error
-    if any(tensor.external_data for tensor in model.graph.initializer):
+    graphs = [model.graph, *model.functions]
+    if any(tensor.external_data for graph in graphs for tensor in _constants(graph)):
         raise ArtifactError(
             f"{path} refers to external data",
             allowed="an ONNX file with its weights inside",
             do="Export it again with this project",
         )
     return model
+
+
+def _constants(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
+    """Yield every constant, wherever a file can hide one that names another file."""
+    yield from getattr(graph, "initializer", ())
+    for sparse in getattr(graph, "sparse_initializer", ()):
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _constants(inner)
 
 
 def _session(path: Path, *, threads: int, optimised: Path | None = None) -> Any:
