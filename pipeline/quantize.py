@@ -26,6 +26,7 @@ from pipeline.errors import ArtifactError
 from pipeline.fold import fold
 from pipeline.records import (
     PROFILES,
+    Layer,
     Preprocessing,
     QuantizedModel,
     Range,
@@ -67,15 +68,17 @@ def quantize(
     parameters = {name: activation_quantization(observed) for name, observed in ranges.items()}
     reads = inputs_of_layers(folded)
     arrays: dict[str, NDArray[Any]] = {}
-    for name, _, module in layers(folded):
+    for name, kind, module in layers(folded):
+        depthwise = kind is Layer.DEPTHWISE
         weight = module.weight.detach().numpy()
         bias = (
             np.asarray(module.bias.detach()) if module.bias is not None else np.zeros(len(weight))
         )
         input_scale = parameters[reads[name]].scale
         for profile in PROFILES:
-            scales = weight_scales(weight, bias, input_scale, profile)
-            arrays[f"{profile}/{name}.weight"] = quantize_weight(weight, scales, profile)
+            scales = weight_scales(weight, bias, input_scale, profile, depthwise=depthwise)
+            q = quantize_weight(weight, scales, profile, depthwise=depthwise)
+            arrays[f"{profile}/{name}.weight"] = q
             arrays[f"{profile}/{name}.weight_scale"] = scales
             arrays[f"{profile}/{name}.bias"] = quantize_bias(bias, input_scale, scales)
     for name, tensor in folded.state_dict().items():
