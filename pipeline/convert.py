@@ -95,6 +95,8 @@ def _lost(dialect: Dialect, loaded: LoadedCheckpoint, to: str, *, as_folder: boo
         lost.append(f"the head's LayerNorm eps is {ours:g}, {to} computes with {theirs:g}")
     if loaded.record.labels and not as_folder:
         lost.append("class names have no place in the file")
+    if as_folder:
+        lost.append("how images are prepared is not in the folder: add preprocessor_config.json")
     return lost
 
 
