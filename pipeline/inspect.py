@@ -47,7 +47,8 @@ def describe(
     sidecar = read_sidecar(locate(where))
     loaded = checkpoint.examine(where, weights=weights)
     record, net = loaded.record, loaded.record.architecture
-    size = input_size or sidecar.preprocessing.get("input_size") or _default_size(net)
+    stated = sidecar.preprocessing.get("input_size") or _default_size(net)
+    size = stated if input_size is None else input_size
     checkpoint.check_input(net, size)
     dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in loaded.dtypes.values()})
     return {

@@ -82,8 +82,18 @@ def traits(names: Collection[str]) -> frozenset[str]:
     return frozenset(trait for trait, name in present.items() if name in names)
 
 
+LARGEST_PATCH = 4
+"""Above it timm reaches its output stride of 32 before the last stage, and dilates from there."""
+
+
 def refusal(tensors: Mapping[str, Tensor]) -> str | None:
     """Return what keeps these tensors from being read, by its name with the reason; or None."""
+    stem = tensors.get("stem.0.weight")
+    if stem is not None and stem.ndim > 1 and stem.shape[-1] > LARGEST_PATCH:
+        return (
+            f"patch {stem.shape[-1]}: timm dilates its later stages there (output_stride 32), "
+            "which the tensors do not show"
+        )
     return _rules.refusal(tensors, _rules_of(tensors), head=_HEAD)
 
 

@@ -157,3 +157,14 @@ def test_layers_without_a_bias_are_refused_by_name() -> None:
     damaged = timm_file((1, 1), (4, 6))  # one bias is missing: the check of the network names it
     del damaged["stages.0.blocks.0.norm.bias"], damaged["stages.1.blocks.0.conv_dw.bias"]
     assert timm.refusal(damaged) is None
+
+
+def test_a_patch_behind_which_timm_dilates_is_refused() -> None:
+    tensors = {
+        "stem.0.weight": torch.ones(4, 3, 8, 8),
+        "stages.0.blocks.0.conv_dw.weight": torch.ones(4),
+    }
+    reason = timm.refusal(tensors)
+    assert reason is not None
+    assert "patch 8" in reason
+    assert "dilates" in reason
