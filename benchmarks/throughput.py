@@ -37,7 +37,7 @@ from calib.images import open_images
 from calib.preprocess import FILTERS, batches
 from pipeline.checkpoint import load_model
 from pipeline.convnext import SIZES, seeded
-from pipeline.errors import EdgeError
+from pipeline.errors import DataError, EdgeError
 from pipeline.locate import locate
 from pipeline.records import Architecture, Preprocessing
 from pipeline.sidecar import DEFAULT_INPUT_SIZE, read_sidecar
@@ -177,6 +177,12 @@ def prepare(
     data: Path, checkpoint: str | None, input_size: int | None, images: int | None, batch: int
 ) -> Work:
     """Load the network and choose the images."""
+    if not data.is_dir() and not zipfile.is_zipfile(data):
+        raise DataError(
+            f"{data} is neither a folder nor a zip",
+            allowed="a folder or a .zip of images, which the plain loop reads too",
+            do="Correct --data",
+        )
     if checkpoint is None:
         depths, dims = SIZES["atto"]
         network = seeded(Architecture(depths=depths, dims=dims, classes=1000), seed=0)
