@@ -46,7 +46,8 @@ def convert(where: str | Path, to: str, out: Path, *, weights: Weights = "auto")
         What the new file cannot carry, one sentence each.
 
     Raises:
-        UsageError: There is no such dialect, or `out` ends in something else.
+        UsageError: There is no such dialect, `out` ends in something else, or what is not a
+            checkpoint would be replaced.
         CheckpointError: The checkpoint cannot be read, or the dialect cannot express it.
     """
     known = all_dialects()
@@ -61,6 +62,7 @@ def convert(where: str | Path, to: str, out: Path, *, weights: Weights = "auto")
             allowed=f"a file ending in {', '.join((SAFE, *PICKLED))}; for hf a folder too",
             do="Correct --out",
         )
+    _check_place(out, as_folder=as_folder)
     loaded = load(where, weights=weights)
     architecture = loaded.record.architecture
     original = known[to].original(_as_stored(loaded), architecture)
@@ -75,6 +77,21 @@ def convert(where: str | Path, to: str, out: Path, *, weights: Weights = "auto")
         torch.save({"model": tensors} if to == "meta" else tensors, buffer)
         write_atomic(out, buffer.getvalue())
     return _lost(known[to], loaded, to, as_folder=as_folder)
+
+
+def _check_place(out: Path, *, as_folder: bool) -> None:
+    """Refuse to replace what `convert` did not write: a rename takes all of it away."""
+    if not out.is_dir():
+        return
+    strange = sorted(item.name for item in out.iterdir() if item.name not in HF_FILES)
+    if as_folder and not strange and out.name:
+        return
+    holds = f", which holds {strange[0]}" if strange else ""
+    raise UsageError(
+        f"--out {out} is a folder that is there{holds}",
+        allowed="a new name, or a checkpoint that is to be written over",
+        do="Give another --out",
+    )
 
 
 def _as_stored(loaded: LoadedCheckpoint) -> dict[str, torch.Tensor]:

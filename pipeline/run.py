@@ -129,6 +129,7 @@ def stored_recipe(out: Path) -> Recipe:
 
 class _Run:
     def __init__(self, recipe: Recipe, out: Path, display: Display) -> None:
+        _check_place(out)
         self.recipe = recipe
         self.out = out
         self.display = display
@@ -360,6 +361,18 @@ class _Run:
             files=made["files"],
             export_seconds=done.seconds,
             export_peak_memory_bytes=done.peak_memory_bytes,
+        )
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a folder whose model/ or artifacts/ no run wrote: they would be replaced."""
+    ours = (out / "stages").is_dir() or (out / RECIPE).is_file()
+    others = [name for name in (MODEL, ARTIFACTS) if (out / name).exists()]
+    if others and not ours:
+        raise UsageError(
+            f"--out {out} holds {' and '.join(others)}, and no run wrote it",
+            allowed="a new or empty folder, or one of an earlier run",
+            do="Give another --out",
         )
 
 

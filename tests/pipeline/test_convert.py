@@ -123,3 +123,21 @@ def test_the_config_holds_what_the_tensors_say(tmp_path: Path) -> None:
     assert config["depths"] == [1, 2]
     assert config["hidden_sizes"] == [8, 16]
     assert config["layer_norm_eps"] == NET.norm_eps
+
+
+@pytest.mark.parametrize(("to", "out"), [("hf", "mine"), ("timm", "mine.pth")])
+def test_a_folder_of_somebody_is_never_replaced(to: str, out: str, tmp_path: Path) -> None:
+    (tmp_path / out).mkdir()
+    (tmp_path / out / "thesis.txt").write_text("years")
+    with pytest.raises(UsageError, match="thesis"):
+        convert(own(NET, tmp_path), to, tmp_path / out)
+    assert (tmp_path / out / "thesis.txt").read_text() == "years"
+
+
+def test_an_earlier_result_is_written_over(tmp_path: Path) -> None:
+    for _ in range(2):
+        convert(own(NET, tmp_path), "hf", tmp_path / "folder")
+    assert sorted(item.name for item in (tmp_path / "folder").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]

@@ -108,3 +108,15 @@ def test_a_second_runtime_joins_the_first_in_one_folder(home: Path) -> None:
     assert cli(*arguments, "--out", "joined", cwd=home).returncode == 0
     folders = {folder.name for folder in (home / "joined" / "artifacts").iterdir()}
     assert folders == {"onnx-float", "onnx-w8a8"}
+
+
+@pytest.mark.parametrize("folder", ["model", "artifacts"])
+def test_somebody_s_own_folders_are_never_replaced(folder: str, tmp_path: Path) -> None:
+    mine = tmp_path / "project" / folder / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years")
+    done = cli("quantize", "--out", "project", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert f"holds {folder}, and no run wrote it" in done.stderr
+    assert mine.read_text() == "years"
+    assert not (tmp_path / "project" / "stages").exists()
