@@ -31,7 +31,7 @@ def collect(folded: ConvNeXt, pixels: Iterable[NDArray[np.float32]]) -> dict[str
         pixels: Batches of shape (N, 3, H, W) in [0, 255].
 
     Returns:
-        Site name to what it held, in the order of the network.
+        Site name to what it held, in the order of the network; nothing where there were no images.
 
     Raises:
         DataError: A site held NaN or infinities.
@@ -52,15 +52,16 @@ def collect(folded: ConvNeXt, pixels: Iterable[NDArray[np.float32]]) -> dict[str
     finally:
         for handle in handles:
             handle.remove()
-    return {name: observer.result() for name, observer in observers.items()}
+    return {name: observer.result() for name, observer in observers.items() if observer.count}
 
 
 def merge(parts: Sequence[Mapping[str, Range]]) -> dict[str, Range]:
     """Return what all processes saw together, from what each saw of its own images.
 
     Args:
-        parts: What `collect` returned, for the same network.
+        parts: What `collect` returned, for the same network; one at least of some images.
     """
+    parts = [part for part in parts if part]
     return {
         name: Range(
             minimum=min(part[name].minimum for part in parts),

@@ -178,6 +178,13 @@ class ImageSet:
                 raise self._wrong_order(order, classes, strange)
             return order
         if labels is None and len(own) == classes:
+            if all(name.isdecimal() for name in own) and list(own) != sorted(own, key=int):
+                raise DataError(
+                    f"{self.label} has the classes {_some(own)}: numbers whose order as names is"
+                    " another than as numbers, and the model carries no names",
+                    allowed="an order that is stated",
+                    do="Give --class-order: the word sorted for names, or a file",
+                )
             return own
         if labels is None or not set(own) <= set(labels):
             raise self._wrong_classes(own, labels, classes)

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -165,22 +165,17 @@ def batches(
         The entries and their pixels, float32 of shape (N, channels, input_size, input_size).
 
     Raises:
-        DataError: As `preprocess`, of unreadable images only where `skipped` is None; or more
-            than half of the images are unreadable.
+        DataError: As `preprocess`, of unreadable images only where `skipped` is None.
         WorkerError: A process that decodes ahead died.
     """
     entries: list[Entry] = []
     pixels: list[Pixels] = []
-    unreadable: list[str] = []
     for entry, found in _stream(images, preprocessing, batch, workers):
         if isinstance(found, Unreadable):
             if skipped is None:
                 # A worker's caller knows the errors of pipeline.errors and no others.
                 raise DataError(found.got, allowed=found.allowed, do=found.do) from found
             skipped.append(entry.name)
-            unreadable.append(entry.name)
-            if 2 * len(unreadable) > len(images.entries):
-                raise _too_few(images, unreadable)
             continue
         entries.append(entry)
         pixels.append(found)
@@ -189,6 +184,21 @@ def batches(
             entries, pixels = [], []
     if entries:
         yield tuple(entries), np.stack(pixels)
+
+
+def check_readable(label: str, total: int, skipped: Sequence[str]) -> None:
+    """Check that most images of a whole set, however it was divided, could be decoded.
+
+    Raises:
+        DataError: More than half could not.
+    """
+    if 2 * len(skipped) > total:
+        raise DataError(
+            f"{label}: more than half of {total} images are unreadable, as "
+            + ", ".join(skipped[:FEW]),
+            allowed="a few damaged images, which are left out",
+            do="Check the data",
+        )
 
 
 def spare_workers(images: int, cores: int, *, beside: int = 1) -> int:
@@ -299,13 +309,4 @@ def _bomb(name: str, what: str) -> DataError:
         f"{name} would decode to {what}",
         allowed=f"images of at most {MAX_PIXELS} pixels",
         do="Take it out of the data",
-    )
-
-
-def _too_few(images: ImageSet, unreadable: list[str]) -> DataError:
-    return DataError(
-        f"{images.label}: more than half of {len(images.entries)} images are unreadable, as "
-        + ", ".join(unreadable[:FEW]),
-        allowed="a few damaged images, which are left out",
-        do="Check the data",
     )

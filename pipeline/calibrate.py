@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from calib.collect import collect, merge
 from calib.images import select
-from calib.preprocess import batches
+from calib.preprocess import batches, check_readable
 from pipeline import checkpoint
 from pipeline.distributed import group
 from pipeline.fold import fold
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from calib.images import ImageSet
+    from pipeline.distributed import Group
     from pipeline.worker import Progress
 
 RANGES = "ranges.json"
@@ -56,22 +57,25 @@ def calibrate_stage(
     Returns:
         `skipped`: the names of images that could not be decoded.
     """
-    record, tensors = checkpoint.read(Path(model))
     how = TypeAdapter(Preprocessing).validate_python(preprocessing)
-    images = select(TypeAdapter(Selection).validate_python(selection))
-    folded = fold(checkpoint.build(record, tensors), how)
-    folded = folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    chosen = TypeAdapter(Selection).validate_python(selection)
 
-    def observe(part: ImageSet) -> tuple[dict[str, Range], list[str]]:
-        names: list[str] = []
-        return collect(folded, _pixels(part, how, workers, names, progress)), names
+    def observe(ranks: Group) -> tuple[dict[str, Range], list[str], int]:
+        record, tensors = checkpoint.read(Path(model))
+        images = select(chosen)
+        images = replace(images, entries=tuple(ranks.shard(images.entries)))
+        folded = fold(checkpoint.build(record, tensors), how)
+        folded = folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        skipped: list[str] = []
+        ranges = collect(folded, _pixels(images, how, workers, skipped, progress))
+        return ranges, skipped, len(images.entries)
 
     with group(call) as ranks:
-        part = replace(images, entries=tuple(ranks.shard(images.entries)))
-        found = ranks.gather(lambda: observe(part))
-    ranges = merge([of_rank for of_rank, _ in found])
-    skipped = [name for _, names in found for name in names]
+        found = ranks.gather(lambda: observe(ranks))
+    skipped = [name for _, names, _ in found for name in names]
+    check_readable(chosen.where, sum(n for *_, n in found), skipped)
     if ranks.leads:
+        ranges = merge([of_rank for of_rank, *_ in found])
         data = TypeAdapter(dict[str, Range]).dump_json(ranges, indent=1)
         (Path(folder) / RANGES).write_bytes(data)
     return {"skipped": skipped}

@@ -48,14 +48,14 @@ class LoadedCheckpoint:
     Attributes:
         record: What it is.
         tensors: float32, under canonical names.
-        dtypes: Of the file's tensors, by canonical name.
+        stored: The same in the file's own dtypes.
         suspicions: What looked odd in the weights.
         not_finite: Names of the tensors that hold NaN or infinities.
     """
 
     record: Checkpoint
     tensors: dict[str, Tensor]
-    dtypes: dict[str, torch.dtype]
+    stored: dict[str, Tensor]
     suspicions: tuple[str, ...]
     not_finite: tuple[str, ...]
 
@@ -94,12 +94,11 @@ def examine(where: str | Path, *, weights: Weights = "auto") -> LoadedCheckpoint
     sidecar = read_sidecar(located)
     file = read_tensors(located.files, weights)
     dialect = dialect_of(file.tensors, str(where))
-    tensors = dialect.canonical(file.tensors)
-    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    tensors = {name: _as_float32(name, tensor, str(where)) for name, tensor in tensors.items()}
+    stored = dialect.canonical(file.tensors)
+    tensors = {name: _as_float32(name, tensor, str(where)) for name, tensor in stored.items()}
     traits = dialect.traits(file.tensors)
-    stated = _stated(file.metadata)
-    architecture = _architecture(tensors, dialect, traits, sidecar, stated, str(where))
+    metadata = _stated(file.metadata)
+    architecture = _architecture(tensors, dialect, traits, sidecar, metadata, str(where))
     _check_against_network(tensors, architecture, str(where))
     not_finite = tuple(n for n, t in tensors.items() if not bool(torch.isfinite(t).all()))
     record = Checkpoint(
@@ -108,13 +107,13 @@ def examine(where: str | Path, *, weights: Weights = "auto") -> LoadedCheckpoint
         dialect=dialect.NAME,
         architecture=architecture,
         variant=variant(architecture),
-        labels=_labels(sidecar, stated, architecture, str(where)),
+        labels=_labels(sidecar, metadata, architecture, str(where)),
         found_in=file.wrapper or None,
     )
     return LoadedCheckpoint(
         record=record,
         tensors=tensors,
-        dtypes=dtypes,
+        stored=stored,
         suspicions=tuple(_suspicions(tensors, not_finite)),
         not_finite=not_finite,
     )
@@ -265,12 +264,6 @@ def _as_float32(name: str, tensor: Tensor, where: str) -> Tensor:
             allowed="floating-point weights",
             do="Give the float checkpoint, not a quantized one",
         )
-    if tensor.is_meta or tensor.layout != torch.strided:
-        raise CheckpointError(
-            f"{where}: {name} is a {'meta' if tensor.is_meta else tensor.layout} tensor",
-            allowed="dense tensors with values",
-            do="Save it again with the weights loaded and dense",
-        )
     return tensor.detach().to(torch.float32).contiguous()
 
 
@@ -314,7 +307,7 @@ def _traits_of(architecture: Architecture) -> frozenset[str]:
 def _stated(metadata: Mapping[str, str]) -> dict[str, Any]:
     try:
         stated = json.loads(metadata.get(METADATA_KEY, "{}"))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # more digits, or deeper, than Python reads
         return {}
     return stated if isinstance(stated, dict) else {}
 
@@ -337,6 +330,12 @@ def _labels(
 ) -> tuple[str, ...] | None:
     own = stated.get("labels")
     labels = sidecar.labels or (tuple(map(str, own)) if isinstance(own, list) else None)
+    if odd := [label for label in labels or () if not label.isprintable()]:
+        raise CheckpointError(
+            f"{where}: the class name {odd[0]!r} cannot be shown",
+            allowed="printable names",
+            do="Correct `classes` in the sidecar .json, or id2label in config.json",
+        )
     if labels is not None and len(labels) != architecture.classes:
         raise CheckpointError(
             f"{where}: {len(labels)} class names for {architecture.classes} classes",

@@ -6,15 +6,18 @@ In: words. Out: a run folder, tables, and an exit code: 0 done (for `gate`: pass
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from pipeline.errors import EdgeError, UsageError
+from pipeline import words
+from pipeline.errors import EdgeError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from pipeline.recipe import Budget, Recipe
@@ -33,6 +36,7 @@ err_console = Console(stderr=True)
 
 GATE_EXIT = {"pass": 0, "fail": 3, "inconclusive": 4, "not_run": 4}
 INTERRUPTED = 130
+PLACE_LENGTH = 200
 DEFAULT_OUT = Path("runs/default")
 
 RunDir = Annotated[Path, typer.Argument(help="A folder that `convnext-edge run` wrote.")]
@@ -41,11 +45,43 @@ Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 def main() -> None:
     """Run the command line; one line and an exit code for whatever a user can cause."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
+        _check_words()
         _run_or_serve()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
     except EdgeError as error:
-        err_console.print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
-        sys.exit(error.exit_code)
+        _fail(error)
+    except OSError as error:  # what the system refuses at a place that no one foresaw
+        # Standard output may be what is full: nothing more goes there.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+        place = f" {error.filename}" if error.filename else ""
+        _fail(
+            OutputError(
+                f"cannot use{place[:PLACE_LENGTH]} ({error.strerror or error})",
+                allowed="files and folders that this user may use, on a disk with room",
+                do="Correct the path or free some space",
+            )
+        )
+
+
+def _fail(error: EdgeError) -> NoReturn:
+    err_console.print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
+    sys.exit(error.exit_code)
+
+
+def _check_words() -> None:
+    for word in sys.argv[1:]:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"the argument {word!r} is not UTF-8", allowed="names in UTF-8", do="Rename it"
+            ) from error
 
 
 def _run_or_serve() -> None:
@@ -53,7 +89,10 @@ def _run_or_serve() -> None:
 
     if rank() > 0:
         # Another process of the same torchrun leads; this one takes part in what it announces.
-        serve()
+        try:
+            serve()
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)  # rank 0 says so
         return
     try:
         app()
@@ -146,21 +185,21 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
         settings = _recipe(
             recipe,
             {
-                "checkpoint": _checkpoint(checkpoint),
+                "checkpoint": words.checkpoint_place(checkpoint),
                 "weights": weights,
-                "data": _place(data),
-                "eval": _place(eval_),
-                "label_file": _absolute(label_file),
-                "class_order": _order(class_order),
+                "data": words.data_place(data),
+                "eval": words.data_place(eval_),
+                "label_file": words.absolute(label_file),
+                "class_order": words.class_order_place(class_order),
                 "input_size": input_size,
                 "scheme": scheme,
-                "runtimes": tuple(_words(runtimes)) if runtimes is not None else None,
+                "runtimes": tuple(words.listed(runtimes)) if runtimes is not None else None,
                 "placement": placement,
                 "calibration_images": calibration_images,
                 "eval_images": eval_images,
                 "seed": seed,
                 "isa": isa,
-                "batch": int(batch) if batch is not None and batch.isdigit() else batch,
+                "batch": int(batch) if batch is not None and batch.isdecimal() else batch,
                 "bench": bench,
                 "device": device,
                 "threads": threads,
@@ -171,11 +210,11 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
                     "crop_mode": crop_mode,
                     "interpolation": interpolation,
                     "antialias": antialias,
-                    "mean": _numbers("--mean", mean),
-                    "std": _numbers("--std", std),
+                    "mean": words.numbers("--mean", mean),
+                    "std": words.numbers("--std", std),
                 },
                 "gate": _budget(budget),
-                "baseline": _absolute(baseline),
+                "baseline": words.absolute(baseline),
             },
         )
         steps = Steps(export=export, verify=measure, bench=measure)
@@ -247,7 +286,7 @@ def gate(
 
     settings = _stored_recipe(run_dir)
     asked = _budget(budget) or settings.gate
-    against = _absolute(baseline) or settings.baseline
+    against = words.absolute(baseline) or settings.baseline
     if accept:
         place = accept_baseline(run_dir, against)
         out_console.print(f"accepted as baseline: {place}", soft_wrap=True, highlight=False)
@@ -279,7 +318,7 @@ def inspect(
     """Tell what a checkpoint holds."""
     from pipeline.inspect import describe, show
 
-    facts = describe(checkpoint, input_size, weights=_weights(weights))
+    facts = describe(checkpoint, input_size, weights=words.weights_word(weights))
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
     else:
@@ -298,7 +337,7 @@ def convert(
     """Write a checkpoint in another project's names, values bit for bit."""
     from pipeline.convert import convert as write
 
-    for lost in write(checkpoint, to, out, weights=_weights(weights)):
+    for lost in write(checkpoint, to, out, weights=words.weights_word(weights)):
         err_console.print(f"note: {lost}", soft_wrap=True, highlight=False, markup=False)
     out_console.print(f"{out}", soft_wrap=True, highlight=False, markup=False)
 
@@ -400,58 +439,6 @@ def _print_gate(judged: Gate) -> None:
                 markup=False,
             )
     out_console.print(f"gate: {judged.outcome}", highlight=False)
-
-
-def _absolute(path: Path | None) -> str | None:
-    return str(path.resolve()) if path is not None else None
-
-
-def _checkpoint(where: str | None) -> str | None:
-    from pipeline.locate import HUB_PREFIX
-
-    return where if where is None or where.startswith(HUB_PREFIX) else str(Path(where).resolve())
-
-
-def _order(order: str | None) -> str | None:
-    from calib.labels import SORTED
-
-    return order if order in {None, SORTED} else str(Path(str(order)).resolve())
-
-
-def _weights(word: str) -> Any:
-    from typing import get_args
-
-    from pipeline.records import Weights
-
-    if word not in get_args(Weights):
-        raise UsageError(
-            f"--weights {word}", allowed=", ".join(get_args(Weights)), do="Correct --weights"
-        )
-    return word
-
-
-def _place(where: str | None) -> str | None:
-    from calib.images import DIGITS
-    from pipeline.recipe import NONE
-
-    return where if where in {None, DIGITS, NONE} else str(Path(str(where)).resolve())
-
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(flag: str, text: str | None) -> tuple[float, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(float(word) for word in _words(text))
-    except ValueError as error:
-        raise UsageError(
-            f"{flag} is {text!r}",
-            allowed="three numbers, such as 0.485,0.456,0.406",
-            do=f"Correct {flag}",
-        ) from error
 
 
 if __name__ == "__main__":

@@ -56,16 +56,19 @@ def convert(where: str | Path, to: str, out: Path, *, weights: Weights = "auto")
             f"--to {to}", allowed=", ".join(known), do="Name the project that is to load the file"
         )
     as_folder = to == HF and not out.suffix
-    if not as_folder and out.suffix not in (*PICKLED, SAFE):
+    # Only safetensors hold what own states of itself: eps, class names, variants.
+    endings = (SAFE,) if to == OWN else (SAFE, *PICKLED)
+    if not as_folder and out.suffix not in endings:
         raise UsageError(
             f"--out {out}",
-            allowed=f"a file ending in {', '.join((SAFE, *PICKLED))}; for hf a folder too",
+            allowed=f"for {to} a file ending in {', '.join(endings)}"
+            + (" or a folder" if to == HF else ""),
             do="Correct --out",
         )
     _check_place(out, as_folder=as_folder)
     loaded = load(where, weights=weights)
     architecture = loaded.record.architecture
-    original = known[to].original(_as_stored(loaded), architecture)
+    original = known[to].original(loaded.stored, architecture)
     tensors = {name: tensor.contiguous() for name, tensor in original.items()}
     metadata = own_metadata(architecture, loaded.record.labels) if to == OWN else {"format": "pt"}
     if as_folder:
@@ -76,7 +79,10 @@ def convert(where: str | Path, to: str, out: Path, *, weights: Weights = "auto")
         buffer = io.BytesIO()
         torch.save({"model": tensors} if to == "meta" else tensors, buffer)
         write_atomic(out, buffer.getvalue())
-    return _lost(known[to], loaded, to, as_folder=as_folder)
+    lost = _lost(known[to], loaded, to, as_folder=as_folder)
+    if read_sidecar(locate(where)).preprocessing:
+        lost.append("how images are prepared has no place in it: keep the file that says so")
+    return lost
 
 
 def _check_place(out: Path, *, as_folder: bool) -> None:
@@ -94,10 +100,6 @@ def _check_place(out: Path, *, as_folder: bool) -> None:
     )
 
 
-def _as_stored(loaded: LoadedCheckpoint) -> dict[str, torch.Tensor]:
-    return {name: tensor.to(loaded.dtypes[name]) for name, tensor in loaded.tensors.items()}
-
-
 def _lost(dialect: Dialect, loaded: LoadedCheckpoint, to: str, *, as_folder: bool) -> list[str]:
     """Say what the new file leaves out."""
     if to == OWN:
@@ -112,8 +114,8 @@ def _lost(dialect: Dialect, loaded: LoadedCheckpoint, to: str, *, as_folder: boo
         lost.append(f"the head's LayerNorm eps is {ours:g}, {to} computes with {theirs:g}")
     if loaded.record.labels and not as_folder:
         lost.append("class names have no place in the file")
-    if as_folder:
-        lost.append("how images are prepared is not in the folder: add preprocessor_config.json")
+    if loaded.record.labels and len(set(loaded.record.labels)) < len(loaded.record.labels):
+        lost.append("class names that stand for several classes: label2id has the last of each")
     return lost
 
 
@@ -135,7 +137,7 @@ def _hf_config(loaded: LoadedCheckpoint, where: str | Path) -> dict[str, Any]:
         "image_size": size,
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
-        "dtype": str(loaded.dtypes["stem.conv.weight"]).removeprefix("torch."),
+        "dtype": str(loaded.stored["stem.conv.weight"].dtype).removeprefix("torch."),
     }
     if not net.grn:
         # transformers has LayerScale where this is above 0; the value itself is trained over.

@@ -14,6 +14,7 @@ import contextlib
 import importlib
 import json
 import os
+import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,6 +35,9 @@ _Item = TypeVar("_Item")
 PATIENCE = timedelta(hours=24)
 """How long ranks wait for each other: a stage over a large data set takes as long as it takes."""
 END = "end"
+POLL_SECONDS = 0.05
+TORCHRUN = frozenset(["TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"])
+"""What torchrun puts into the environment of its processes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +61,8 @@ class Group:
         """Do this rank's work and return what every rank found, in order of rank.
 
         Args:
-            work: Its result must be picklable.
+            work: All that can fail on one rank and not on another, reading included: a rank that
+                failed elsewhere would leave the others waiting. Its result must be picklable.
 
         Raises:
             EdgeError: As the first rank that failed raised it, on every rank.
@@ -83,13 +88,21 @@ class Group:
 
 
 def world_size() -> int:
-    """Return how many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Return how many processes torchrun started; 1 without it.
+
+    RANK and WORLD_SIZE alone do not count: clusters set them for other purposes.
+    """
+    return int(os.environ["WORLD_SIZE"]) if os.environ.keys() >= TORCHRUN else 1
 
 
 def rank() -> int:
     """Return which of them this one is."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if world_size() > 1 else 0
+
+
+def ranks_here() -> int:
+    """Return how many of them run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if world_size() > 1 else 1
 
 
 @contextlib.contextmanager
@@ -100,20 +113,18 @@ def group(call: int | None) -> Iterator[Group]:
         call: The number that `announce` gave it; None where nobody else takes part.
 
     Yields:
-        The group; gloo on CPUs, nccl for what lies on GPUs.
+        The group, on gloo: what is gathered are objects, and inference runs on CPUs.
     """
     if call is None:
         yield Group()
         return
-    import torch
     from torch import distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
 
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     # Every stage has its own keys: a process takes part in many groups, one after the other.
     store = PrefixStore(f"stage/{call}", _rendezvous())
     dist.init_process_group(
-        backend, store=store, rank=rank(), world_size=world_size(), timeout=PATIENCE
+        "gloo", store=store, rank=rank(), world_size=world_size(), timeout=PATIENCE
     )
     try:
         yield Group(rank=rank(), size=world_size())
@@ -149,13 +160,14 @@ def serve() -> None:
     """Take part in every stage that rank 0 announces, until it lets go."""
     store = _rendezvous()
     for call in count():
-        store.wait([f"call/{call}"], PATIENCE)
+        while not store.check([f"call/{call}"]):
+            time.sleep(POLL_SECONDS)  # not in the store's own wait, which no Ctrl-C ends
         message = json.loads(store.get(f"call/{call}"))
         if message == END:
             return
         module, _, name = message["function"].partition(":")
         function = getattr(importlib.import_module(module), name)
-        # What failed here is rank 0's to say: `Group.gather` has told it.
+        # What failed is rank 0's to say: `Group.gather` tells it, and all that can fail is there.
         with contextlib.suppress(EdgeError):
             function(**message["arguments"], call=call, folder="", progress=silent)
 

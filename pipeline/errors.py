@@ -10,6 +10,11 @@ from functools import partial
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """Return text from a file as a terminal may show it: what would steer it, escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class EdgeError(Exception):
     """The root of this project's errors.
 
@@ -34,7 +39,7 @@ class EdgeError(Exception):
     def __str__(self) -> str:
         """Return the whole message as one line."""
         line = f"{self.got}. Allowed: {self.allowed}. {self.do}."
-        return " ".join(line.split())
+        return printable(" ".join(line.split()))
 
 
 class UsageError(EdgeError):

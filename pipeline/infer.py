@@ -54,6 +54,13 @@ def infer_architecture(
     dims += [
         shapes.of(f"stages.{stage}.downsample.conv.weight", 4)[0] for stage in range(1, len(blocks))
     ]
+    kernel = shapes.of(f"{FIRST}.depthwise.weight", 4)[2]
+    if kernel % 2 == 0:
+        raise CheckpointError(
+            f"{where}: depthwise convolutions of side {kernel}",
+            allowed="odd sides, which padding keeps the resolution of",
+            do="Check that the file is a ConvNeXt classifier",
+        )
     hidden, inner = shapes.of(f"{FIRST}.pw1.weight", 2)
     has_hidden_head = "head.hidden.weight" in tensors
     try:
@@ -64,7 +71,7 @@ def infer_architecture(
             layer_scale=f"{FIRST}.scale.weight" in tensors,
             in_channels=channels,
             patch=4 if overlap else patch,
-            kernel=shapes.of(f"{FIRST}.depthwise.weight", 4)[2],
+            kernel=kernel,
             expansion=hidden // max(inner, 1),
             norm_eps=norm_eps,
             head_norm_eps=None if head_norm_eps == norm_eps else head_norm_eps,

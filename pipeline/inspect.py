@@ -13,6 +13,7 @@ from rich.table import Table
 
 from pipeline import checkpoint
 from pipeline.convnext import count_macs, count_parameters
+from pipeline.errors import printable
 from pipeline.locate import locate
 from pipeline.records import Architecture
 from pipeline.sidecar import DEFAULT_INPUT_SIZE, read_sidecar
@@ -50,7 +51,7 @@ def describe(
     stated = sidecar.preprocessing.get("input_size") or _default_size(net)
     size = stated if input_size is None else input_size
     checkpoint.check_input(net, size)
-    dtypes = sorted({str(dtype).removeprefix("torch.") for dtype in loaded.dtypes.values()})
+    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in loaded.stored.values()})
     return {
         "path": record.path,
         "sha256": record.sha256,
@@ -90,7 +91,8 @@ def show(facts: dict[str, Any], console: Console) -> None:
     )
     console.print(f"sha256 {facts['sha256']}", highlight=False)
     if facts["found_in"]:
-        console.print(f"weights found in: {escape(facts['found_in'])}", highlight=False)
+        found_in = escape(printable(facts["found_in"]))
+        console.print(f"weights found in: {found_in}", highlight=False)
     if features := _features(facts["architecture"]):
         console.print(f"features: {', '.join(features)}", highlight=False)
     table = Table("stage", "depth", "width", "resolution")
@@ -98,7 +100,7 @@ def show(facts: dict[str, Any], console: Console) -> None:
         table.add_row(*(str(row[name]) for name in ("stage", "depth", "width", "resolution")))
     console.print(table)
     for warning in facts["warnings"]:
-        console.print(f"[yellow]odd:[/] {escape(warning)}", highlight=False)
+        console.print(f"[yellow]odd:[/] {escape(printable(warning))}", highlight=False)
 
 
 def _features(net: dict[str, Any]) -> list[str]:

@@ -6,6 +6,7 @@ come from the artifact's metadata.
 
 from __future__ import annotations
 
+from errno import ENOENT
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -13,7 +14,8 @@ from rich.table import Table
 from scipy.special import softmax
 
 from calib.preprocess import preprocess
-from pipeline.errors import ArtifactError, DataError
+from calib.sources.base import read_capped
+from pipeline.errors import ArtifactError, DataError, printable
 from targets.base import run_padded
 from targets.export import read_metadata
 
@@ -66,14 +68,17 @@ def show(predictions: list[dict[str, Any]], console: Console) -> None:
     table = Table("image", "label", "probability")
     for item in predictions:
         for rank, entry in enumerate(item["classes"]):
-            name = escape(item["image"]) if rank == 0 else ""
-            table.add_row(name, escape(entry["label"]), f"{entry['probability']:.4f}")
+            name = escape(printable(item["image"])) if rank == 0 else ""
+            table.add_row(name, escape(printable(entry["label"])), f"{entry['probability']:.4f}")
     console.print(table)
 
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        if not path.is_file():  # a pipe or a device need not end
+            raise FileNotFoundError(ENOENT, "no such file" if not path.exists() else "not a file")
+        with path.open("rb") as stream:
+            return read_capped(stream, str(path))
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror})",

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import UsageError
-from pipeline.records import CropMode, Interpolation, PositiveFloat, PositiveInt, Scheme, Weights
+from pipeline.records import (
+    Batch,
+    CropMode,
+    CropRatio,
+    Interpolation,
+    PositiveFloat,
+    PositiveInt,
+    Scheme,
+    Side,
+    Weights,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -68,9 +78,9 @@ class Budget(_Strict):
 class PreprocessingOverride(_Strict):
     """Preprocessing settings that win over the sidecar and the defaults."""
 
-    crop_ratio: Annotated[float, Field(gt=0, le=1)] | None = None
+    crop_ratio: CropRatio | None = None
     interpolation: Interpolation | None = None
-    resize_size: PositiveInt | None = None
+    resize_size: Side | None = None
     crop_mode: CropMode | None = None
     antialias: bool | None = None
     mean: tuple[float, ...] | None = None
@@ -100,15 +110,15 @@ class Recipe(_Strict):
     weights: Weights = "auto"
     label_file: str | None = None
     class_order: str | None = None
-    input_size: PositiveInt | None = None
+    input_size: Side | None = None
     scheme: Scheme = "w8a8"
-    runtimes: tuple[str, ...] = RUNTIMES
+    runtimes: Annotated[tuple[str, ...], Field(min_length=1)] = RUNTIMES
     placement: str | None = None
     calibration_images: PositiveInt = 512
     eval_images: PositiveInt | None = None
     seed: int = 0
     isa: Literal["auto", "avx2", "vnni", "arm"] = "auto"
-    batch: PositiveInt | Literal["dynamic"] = 1
+    batch: Batch | Literal["dynamic"] = 1
     allow_overlap: bool = False
     bench: bool = True
     device: str = "local"

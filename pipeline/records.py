@@ -36,6 +36,10 @@ def _reported(cls: type[_Class]) -> type[_Class]:
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Side = Annotated[int, Field(gt=0, le=4096)]
+"""Of a square image, in pixels; larger ones need more memory than machines have."""
+CropRatio = Annotated[float, Field(ge=0.05, le=1)]
+Batch = Annotated[int, Field(gt=0, le=4096)]
 
 Scheme = Literal["float", "w8a8"]
 Profile = Literal["full", "avx2"]
@@ -137,9 +141,9 @@ class Preprocessing:
         std: As mean. Both are folded into the stem, so an artifact takes pixels in [0, 255].
     """
 
-    input_size: PositiveInt
-    crop_ratio: Annotated[float, Field(gt=0, le=1)] = 0.875
-    resize_size: PositiveInt | None = None
+    input_size: Side
+    crop_ratio: CropRatio = 0.875
+    resize_size: Side | None = None
     crop_mode: CropMode = "center"
     interpolation: Interpolation = "bicubic"
     antialias: bool = True
@@ -291,7 +295,7 @@ class Export:
     graph_form: str
     gelu: Literal["tanh", "erf"]
     profile: Profile | None
-    batch: PositiveInt | Literal["dynamic"] = 1
+    batch: Batch | Literal["dynamic"] = 1
 
 
 @_reported

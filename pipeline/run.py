@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from calib.preprocess import spare_workers
-from pipeline.conclude import conclude
+from pipeline.conclude import JUNIT, PAGES, SUMMARY, conclude
 from pipeline.data import choose
 from pipeline.dialect import dialect_modules
+from pipeline.distributed import ranks_here
 from pipeline.errors import ArtifactError, UsageError
 from pipeline.locate import locate
 from pipeline.measure import Timing, Verification
@@ -33,7 +34,7 @@ from pipeline.records import (
     Preprocessing,
     Proof,
 )
-from pipeline.sidecar import DEFAULT_INPUT_SIZE, read_sidecar
+from pipeline.sidecar import DEFAULT_INPUT_SIZE, GEOMETRY, read_sidecar
 from pipeline.stages import Done, Stages
 from pipeline.store import Stage, publish, sha256_file, write_atomic
 from pipeline.worker import end_all
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from pipeline.data import Data
     from pipeline.display import Display
     from pipeline.records import Accuracy, Latency, Scheme
+    from pipeline.sidecar import Sidecar
     from pipeline.worker import Worker
     from reports.document import Report
     from targets.base import DeviceInfo, Runtime
@@ -127,6 +129,33 @@ def stored_recipe(out: Path) -> Recipe:
         ) from error
 
 
+def preprocessing_of(recipe: Recipe, sidecar: Sidecar) -> Preprocessing:
+    """Lay a recipe's settings over the sidecar's, and both over the defaults.
+
+    Raises:
+        UsageError: Together they make no preprocessing.
+    """
+    flags = recipe.preprocessing.model_dump(exclude_none=True)
+    if recipe.input_size is not None:
+        flags["input_size"] = recipe.input_size
+    stated = sidecar.preprocessing
+    if GEOMETRY & flags.keys():
+        # They mean something together: a flag is not to be undone by what a file adds to it.
+        stated = {name: value for name, value in stated.items() if name not in GEOMETRY}
+    settings = {"input_size": DEFAULT_INPUT_SIZE, **stated, **flags}
+    try:
+        return Preprocessing(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = first["loc"][0] if first["loc"] else None
+        got = f"{name} is {first['input']!r} ({first['msg']})" if name else first["msg"]
+        raise UsageError(
+            f"preprocessing: {got}",
+            allowed=", ".join(item.name for item in fields(Preprocessing)),
+            do="Correct the sidecar .json, the recipe or the flag",
+        ) from error
+
+
 class _Run:
     def __init__(self, recipe: Recipe, out: Path, display: Display) -> None:
         _check_place(out)
@@ -141,8 +170,8 @@ class _Run:
         self.device = base.device(recipe.device)
         self.located = locate(recipe.checkpoint or EMBEDDED)
         self.sidecar = read_sidecar(self.located)
-        self.preprocessing = self._preprocessing()
-        self.stages = Stages(out, display, cores=available_cores())
+        self.preprocessing = preprocessing_of(recipe, self.sidecar)
+        self.stages = Stages(out, display, cores=max(1, available_cores() // ranks_here()))
 
     def execute(self, steps: Steps) -> Finished:
         self.display.preprocessing(self.preprocessing, self.sidecar.source)
@@ -229,23 +258,6 @@ class _Run:
             batch=self.recipe.batch,
         )
 
-    def _preprocessing(self) -> Preprocessing:
-        flags = self.recipe.preprocessing.model_dump(exclude_none=True)
-        if self.recipe.input_size is not None:
-            flags["input_size"] = self.recipe.input_size
-        settings = {"input_size": DEFAULT_INPUT_SIZE, **self.sidecar.preprocessing, **flags}
-        try:
-            return Preprocessing(**settings)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = first["loc"][0] if first["loc"] else None
-            got = f"{name} is {first['input']!r} ({first['msg']})" if name else first["msg"]
-            raise UsageError(
-                f"preprocessing: {got}",
-                allowed=", ".join(item.name for item in fields(Preprocessing)),
-                do="Correct the sidecar .json, the recipe or the flag",
-            ) from error
-
     # --- stages, in the order of the flow ------------------------------------------------------
 
     def _checkpoint(self) -> tuple[Done, Checkpoint]:
@@ -309,8 +321,10 @@ class _Run:
         )
         if publish(quantized.folder, self.out / MODEL, MODEL_FILES):
             # What an earlier model left is not of this one, and must not be taken for it.
-            shutil.rmtree(self.out / ARTIFACTS, ignore_errors=True)
-            (self.out / REPORT).unlink(missing_ok=True)
+            for folder in (ARTIFACTS, PAGES):
+                shutil.rmtree(self.out / folder, ignore_errors=True)
+            for name in (REPORT, JUNIT, SUMMARY):
+                (self.out / name).unlink(missing_ok=True)
         return quantized.folder
 
     def _export(self, model: Path) -> list[Artifact]:

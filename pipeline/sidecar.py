@@ -299,7 +299,7 @@ def _hf_refusals(stated: _Stated, side: int | None) -> None:
             raise stated.refused("rescale_factor", "1/255: mean and std are of pixels in [0, 1]")
     if "do_center_crop" in stated and stated.flag("do_center_crop"):
         crop = stated.within("crop_size").values
-        if side is None or {crop.get("height"), crop.get("width")} != {side}:
+        if side is None or [crop.get("height"), crop.get("width")] != [side, side]:
             raise stated.refused("crop_size", f"{side} by {side}, the size that is resized to")
 
 

@@ -9,6 +9,7 @@ at all: it is written beside its place and renamed.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -137,7 +138,9 @@ def writing(target: Path) -> Iterator[Path]:
         yield partial
         _replace(partial, target)
     except OSError as error:
-        if error.filename is not None and str(partial) not in str(error.filename):
+        # A copy names its source first and what it could not write second.
+        named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        if named and not any(str(partial) in name for name in named):
             raise
         raise cannot_write(target, error) from error
     finally:
@@ -206,7 +209,9 @@ def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        # Where nothing could be written nothing can be removed, and that was said already.
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ import struct
 import warnings
 import zipfile
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Literal
+from typing import IO, TYPE_CHECKING
 
 import torch
 from safetensors import safe_open
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
     from pathlib import Path
 
-Weights = Literal["auto", "model", "ema"]
+    from pipeline.records import Weights
+
 
 WRAPPERS = ("model", "state_dict", "model_state_dict", "net", "network")
 EMA_WRAPPERS = ("model_ema", "state_dict_ema", "ema_state_dict", "model_ema_state_dict", "ema")
@@ -36,6 +37,9 @@ PREFIXES = ("module.", "model.", "_orig_mod.", "net.", "network.")
 """Of wrappers in code: data parallel, Lightning, compile. No dialect's own names begin so."""
 
 BOOKKEEPING = frozenset({"n_averaged"})
+SHARING = 4
+"""How many names may stand for the same bytes: a network and its average, tied layers; each name
+becomes a tensor of its own, so more would be a way to fill memory."""
 NETWORK_SHARE = 0.9
 MAX_FILE_BYTES = 64 * 2**30
 MAX_PICKLE_BYTES = 64 * 2**20
@@ -342,7 +346,7 @@ def _checked(tensors: dict[str, Tensor], path: Path, size: int) -> dict[str, Ten
             )
         nbytes = math.prod(tensor.shape) * tensor.element_size()
         shown += nbytes
-        if nbytes > tensor.untyped_storage().nbytes() or shown > size:
+        if nbytes > tensor.untyped_storage().nbytes() or shown > SHARING * size:
             raise _claims(path, f"{name} of shape {tuple(tensor.shape)}")
     # Out of the class's own method: a pickle can give a tensor attributes of any name.
     return {name: Tensor.detach(tensor) for name, tensor in tensors.items()}

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from calib.images import select
-from calib.preprocess import batches
+from calib.preprocess import batches, check_readable
 from pipeline import checkpoint
 from pipeline.distributed import group
 from pipeline.records import Accuracy, Agreement, Export, Preprocessing, Selection
@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from calib.images import ImageSet
+    from pipeline.distributed import Group
     from pipeline.worker import Progress
+
+    Classifier = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+    """Pixels (N, C, H, W) in [0, 255] to logits (N, classes)."""
 
 LOGITS, LABELS = "logits.npy", "labels.npy"
 FLOAT_BATCH = 32
@@ -60,18 +63,23 @@ def float_stage(
     """
     import torch
 
-    record, tensors = checkpoint.read(Path(model))
-    network = checkpoint.build(record, tensors).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     how = TypeAdapter(Preprocessing).validate_python(preprocessing)
-    images = select(TypeAdapter(Selection).validate_python(selection), record)
-    mean, std = (torch.tensor(v)[:, None, None] * 255 for v in (how.mean, how.std))
 
-    def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        with torch.inference_mode():
-            logits: NDArray[np.float32] = network((torch.from_numpy(pixels) - mean) / std).numpy()
-            return logits
+    def load() -> Classifier:
+        record, tensors = checkpoint.read(Path(model))
+        network = checkpoint.build(record, tensors).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        mean, std = (torch.tensor(v)[:, None, None] * 255 for v in (how.mean, how.std))
 
-    seen = _over_images(run, images, _Batches(how, FLOAT_BATCH, workers), call, progress)
+        def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+            with torch.inference_mode():
+                logits: NDArray[np.float32]
+                logits = network((torch.from_numpy(pixels) - mean) / std).numpy()
+                return logits
+
+        return run
+
+    chosen = TypeAdapter(Selection).validate_python(selection)
+    seen = _over_images(load, model, chosen, _Batches(how, FLOAT_BATCH, workers), call, progress)
     if seen.leads:
         np.save(Path(folder) / LOGITS, seen.logits)
         np.save(Path(folder) / LABELS, seen.labels)
@@ -106,16 +114,15 @@ def artifact_stage(
     Returns:
         An `Accuracy` as JSON; None on a rank that does not lead.
     """
-    record = checkpoint.read_record(Path(model))
     how = TypeAdapter(Preprocessing).validate_python(preprocessing)
-    images = select(TypeAdapter(Selection).validate_python(selection), record)
-    session = runtime(artifact["runtime"]).load(Path(artifact["path"]), threads=1)
     size = artifact["batch"] if isinstance(artifact["batch"], int) else 1
 
-    def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
-        return run_padded(session, pixels, size)
+    def load() -> Classifier:
+        session = runtime(artifact["runtime"]).load(Path(artifact["path"]), threads=1)
+        return lambda pixels: run_padded(session, pixels, size)
 
-    seen = _over_images(run, images, _Batches(how, size, workers), call, progress)
+    chosen = TypeAdapter(Selection).validate_python(selection)
+    seen = _over_images(load, model, chosen, _Batches(how, size, workers), call, progress)
     if not seen.leads:
         return None
     np.save(Path(folder) / LOGITS, seen.logits)
@@ -141,33 +148,46 @@ class _Seen:
     leads: bool
 
 
+class _Part(NamedTuple):
+    """What one process saw of its images."""
+
+    logits: list[NDArray[np.float32]]
+    labels: list[int | None]
+    skipped: list[str]
+    n: int
+
+
 def _over_images(
-    run: Callable[[NDArray[np.float32]], NDArray[np.float32]],
-    images: ImageSet,
+    load: Callable[[], Classifier],
+    model: str,
+    selection: Selection,
     of: _Batches,
     call: int | None,
     progress: Progress,
 ) -> _Seen:
     """Run something over every image, in the images' order, however many processes share them."""
 
-    def over(part: ImageSet) -> tuple[list[NDArray[np.float32]], list[int | None], list[str]]:
-        logits: list[NDArray[np.float32]] = []
-        labels: list[int | None] = []
-        skipped: list[str] = []
-        progress(0, len(part.entries))
-        for entries, pixels in batches(part, of.how, of.size, workers=of.workers, skipped=skipped):
-            logits.append(run(pixels))
-            labels += [entry.label for entry in entries]
-            progress(len(labels) + len(skipped), len(part.entries))
-        return logits, labels, skipped
+    def over(ranks: Group) -> _Part:
+        images = select(selection, checkpoint.read_record(Path(model)))
+        images = replace(images, entries=tuple(ranks.shard(images.entries)))
+        run, part = load(), _Part([], [], [], len(images.entries))
+        progress(0, part.n)
+        for entries, pixels in batches(
+            images, of.how, of.size, workers=of.workers, skipped=part.skipped
+        ):
+            part.logits.append(run(pixels))
+            part.labels.extend(entry.label for entry in entries)
+            progress(len(part.labels) + len(part.skipped), part.n)
+        return part
 
     with group(call) as ranks:
-        mine = replace(images, entries=tuple(ranks.shard(images.entries)))
-        found = ranks.gather(lambda: over(mine))
+        found = ranks.gather(lambda: over(ranks))
+    skipped = [name for part in found for name in part.skipped]
+    check_readable(selection.where, sum(part.n for part in found), skipped)
     return _Seen(
-        logits=np.concatenate([part for logits, _, _ in found for part in logits]),
-        labels=np.array([label for _, labels, _ in found for label in labels], np.int64),
-        skipped=[name for _, _, names in found for name in names],
+        logits=np.concatenate([batch for part in found for batch in part.logits]),
+        labels=np.array([label for part in found for label in part.labels], np.int64),
+        skipped=skipped,
         leads=ranks.leads,
     )
 

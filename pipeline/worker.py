@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
+from safetensors import SafetensorError
+
 from pipeline import errors
 from pipeline.errors import EdgeError, WorkerError
 from pipeline.store import cannot_write
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 PROGRESS_SECONDS = 0.05
+NO_ROOM = os.strerror(errno.ENOSPC)
 UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG})
 
 
@@ -211,6 +214,10 @@ def _answer(function: str, arguments: dict[str, Any], progress: Progress) -> dic
         if error.errno not in UNWRITABLE:
             return _crash(error)
         return {"error": _described(cannot_write(error.filename or "the run folder", error))}
+    except SafetensorError as error:
+        if NO_ROOM not in str(error):  # it gives no errno
+            return _crash(error)
+        return {"error": _described(cannot_write("the run folder", OSError(errno.ENOSPC, NO_ROOM)))}
     except Exception as error:  # noqa: BLE001 - the process boundary: the parent says it in a line
         return _crash(error)
 

@@ -36,6 +36,7 @@ LEVELS = (
     {"pipeline.stages"},
     {"pipeline.conclude", "pipeline.measure"},
     {"pipeline.run"},
+    {"pipeline.words"},
     {"pipeline.cli"},
 )
 """Each level imports from those before it and from itself."""

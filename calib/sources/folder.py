@@ -19,10 +19,12 @@ from calib.sources.base import (
     is_image,
     read_capped,
 )
+from pipeline.errors import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+NOT_UTF8 = "its name is not UTF-8"
 LEADS_OUT = "a link out of the folder"
 LEADS_NOWHERE = "a link to nothing"
 TO_FOLDER = "a link to a folder"
@@ -75,6 +77,10 @@ class Folder:
             with os.scandir(self.path / below) as entries:
                 for entry in entries:
                     name = f"{below}/{entry.name}" if below else entry.name
+                    if os.fsencode(name) != name.encode(errors="replace"):
+                        # Neither a report nor an archive can hold such a name.
+                        skipped.append(f"{printable(name)} ({NOT_UTF8})")
+                        continue
                     if entry.is_symlink():
                         reason = self._refused_link(entry)
                         if reason:

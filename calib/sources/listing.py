@@ -6,6 +6,7 @@ In: the file, with columns path and label. Out: its images, read below the folde
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,7 @@ class Listing:
             raise cannot_read(self.label, error) from error
         at = {name: i for i, name in enumerate(COLUMNS)}
         header = [cell.lower() for cell in rows[0]] if rows else []
-        if set(COLUMNS) <= set(header) and not (self.folder / rows[0][0]).is_file():
+        if set(COLUMNS) <= set(header) and not os.path.isfile(self.folder / rows[0][0]):  # noqa: PTH113 - takes any text for a name
             at = {name: header.index(name) for name in COLUMNS}
             rows = rows[1:]
         for number, row in enumerate(rows, 1):

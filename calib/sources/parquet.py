@@ -31,6 +31,9 @@ IMAGES, LABELS = ("image", "img"), ("label", "labels")
 """What data sets on the hub call their columns."""
 ROWS_AT_ONCE = 16
 BUFFER_BYTES = 2**20
+FREE_BYTES = 64 * 2**20
+MAX_GROWTH = 8
+"""How far a column of images may decompress beyond FREE_BYTES."""
 MISSING_LABEL = -1
 """How Hugging Face writes that a test image's label is withheld."""
 
@@ -143,6 +146,8 @@ class Parquet:
                 return [None] * file.metadata.num_rows, None
             values = file.read(columns=[column]).column(column).to_pylist()
             declared = _declared(schema, column)
+            if len(values) != file.metadata.num_rows:
+                raise cannot_read(str(path), EOFError("its labels end early"))
         for value in values:
             if value is not None and (isinstance(value, bool) or not isinstance(value, str | int)):
                 raise DataError(
@@ -229,7 +234,28 @@ def _group_sizes(file: Any, path: Path) -> list[int]:
             do="Rename or cast the columns, or give another data set",
         )
     metadata = file.metadata
+    for i in range(metadata.num_row_groups):
+        _check_group(metadata.row_group(i), column, path)
     return [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+
+
+def _check_group(group: Any, column: str, path: Path) -> None:
+    """Refuse a row group that would decompress to more than images do: they are compressed.
+
+    Raises:
+        DataError: It would.
+    """
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    of_images = [c for c in chunks if c.path_in_schema.split(".")[0] == column]
+    whole = sum(c.total_uncompressed_size for c in of_images)
+    packed = sum(c.total_compressed_size for c in of_images)
+    check_size(f"{path}: an image, on average,", whole // max(group.num_rows, 1))
+    if whole > max(FREE_BYTES, MAX_GROWTH * packed):
+        raise DataError(
+            f"{path}: {packed} bytes of images decompress to {whole}",
+            allowed=f"at most {MAX_GROWTH} times as many, for images are compressed themselves",
+            do="Write the file again from the images",
+        )
 
 
 def _holds_bytes(kind: Any) -> bool:

@@ -5,6 +5,7 @@ In: a path. Out: its images by name in the archive, decompressed one at a time i
 
 from __future__ import annotations
 
+import lzma
 import os
 import stat
 import zipfile
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 ENCRYPTED = 0x1
 # What damage in a member leads to; RuntimeError covers NotImplementedError (a rare compression).
-DAMAGED = (EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error)
+DAMAGED = (EOFError, ValueError, RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
 
 
 class Zip:
@@ -58,9 +59,10 @@ class Zip:
         tops = set()
         for info in infos:
             name = entry_name(info.filename, self.label)
-            if info.is_dir() or "/" in name:
+            is_folder = info.filename.endswith("/")
+            if is_folder or "/" in name:
                 tops.add(name.split("/")[0])
-            if info.is_dir():
+            if is_folder:
                 continue
             self._check_kind(info)
             self._members[name] = info.filename

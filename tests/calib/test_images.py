@@ -325,3 +325,14 @@ def test_numbers_index_the_models_logits(tmp_path: Path) -> None:
     file.write_text("a.png -1\nb.png 0\n")
     with pytest.raises(DataError, match="labels from -1 to 0"):
         open_images(str(root), "evaluation", str(file))
+
+
+def test_numbers_in_the_order_of_names_are_not_guessed(tmp_path: Path) -> None:
+    for name in map(str, range(12)):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (2, 2)).save(tmp_path / name / "a.png")
+    found = open_images(str(tmp_path), "evaluation")
+    with pytest.raises(DataError, match="the model carries no names"):
+        found.for_model(None, 12)
+    as_folders = found.for_model(None, 12, tuple(sorted(map(str, range(12)))))
+    assert [entry.label for entry in as_folders.entries] == list(range(12))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from calib.images import open_images
-from calib.preprocess import Unreadable, batches, decode, preprocess
+from calib.preprocess import Unreadable, batches, check_readable, decode, preprocess
 from pipeline.errors import DataError
 from pipeline.records import CropMode, Interpolation, Preprocessing
 
@@ -242,8 +242,9 @@ def test_a_set_that_is_mostly_unreadable_is_refused(tmp_path: Path, bad: set[int
     found = open_images(str(_set_of(tmp_path, bad)), "calibration")
     skipped: list[str] = []
     message = r"more than half of 7 images are unreadable, as 0\.png, 1\.png, 2\.png"
+    assert sum(len(entries) for entries, _ in batches(found, PLAIN, 2, skipped=skipped)) < 4
     with pytest.raises(DataError, match=message):
-        list(batches(found, PLAIN, 2, skipped=skipped))
+        check_readable(found.label, len(found.entries), skipped)
 
 
 def test_a_bomb_is_an_error_and_is_not_left_out(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def test_meta_names_round_trip(
     assert loaded.record.dialect == "meta"
     assert loaded.record.architecture == NET
     assert loaded.record.variant == "custom"
-    assert set(loaded.dtypes.values()) == {torch.float32}
+    assert {tensor.dtype for tensor in loaded.stored.values()} == {torch.float32}
     rebuilt = checkpoint.build(loaded.record, loaded.tensors)
     assert _same(rebuilt, net)
     image = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -97,7 +97,7 @@ def test_our_own_dialect_keeps_architecture_and_labels(tmp_path: Path) -> None:
 def test_half_precision_is_widened(tmp_path: Path, net: ConvNeXt) -> None:
     torch.save({name: tensor.half() for name, tensor in _meta(net).items()}, tmp_path / "net.pth")
     loaded = checkpoint.load(tmp_path / "net.pth")
-    assert set(loaded.dtypes.values()) == {torch.float16}
+    assert {tensor.dtype for tensor in loaded.stored.values()} == {torch.float16}
     assert {tensor.dtype for tensor in loaded.tensors.values()} == {torch.float32}
 
 

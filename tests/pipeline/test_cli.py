@@ -431,7 +431,54 @@ def _unknown_class_order(place: Place) -> Asked:
     return Asked([*asked.words, "--class-order", place.tmp / "absent.txt", "--eval", "digits"])
 
 
+def _predict_from_pipe(place: Place) -> Asked:
+    os.mkfifo(place.tmp / "pipe.png")
+    artifact = place.exported / "artifacts" / "onnx-float" / "model.onnx"
+    return Asked(["predict", artifact, place.tmp / "pipe.png"])
+
+
+def _even_kernel(place: Place) -> Asked:
+    state = _state()
+    name = next(name for name in state if state[name].shape[-1] == 7)
+    state[name] = state[name][..., :4, :4].contiguous()
+    torch.save(state, place.tmp / "even.pth")
+    return Asked(["inspect", place.tmp / "even.pth"])
+
+
+def _deep_metadata(place: Place) -> Asked:
+    metadata = {checkpoint.METADATA_KEY: "[" * 200_000}
+    path = place.tmp / "deep.safetensors"
+    safetensors.torch.save_file({"conv.weight": torch.zeros(3)}, path, metadata)
+    return Asked(["inspect", path])
+
+
+def _class_name_that_steers(place: Place) -> Asked:
+    path = _own(place)
+    path.with_suffix(".json").write_text(json.dumps({"classes": ["cat", "\x1b[2Jdog"]}))
+    return Asked(["inspect", path])
+
+
+def _loop_of_links(place: Place) -> Asked:
+    (place.tmp / "data").symlink_to(place.tmp / "data")
+    return Asked(["quantize", "--out", place.out, "--data", place.tmp / "data"])
+
+
+def _odd_words(*more: str) -> Asked:
+    return Asked(["quantize", *more])
+
+
 CASES = (
+    Case("pipe as image", _predict_from_pipe, ("pipe.png", "not a file")),
+    Case("even kernel", _even_kernel, ("even.pth", "side 4", "odd sides")),
+    Case("deep metadata", _deep_metadata, ("deep.safetensors", "conv.weight")),
+    Case("class name that steers", _class_name_that_steers, ("x1b", "printable names")),
+    Case("loop of links", _loop_of_links, ("data", "no such folder")),
+    Case("superscript batch", lambda _: _odd_words("--batch", "²"), ("batch", "²"), code=2),
+    Case("tiny crop", lambda _: _odd_words("--crop-ratio", "5e-324"), ("0.05",), code=2),
+    Case("huge input", lambda _: _odd_words("--input-size", "9" * 20), ("4096",), code=2),
+    Case("no runtime", lambda _: _odd_words("--runtimes", ","), ("runtimes", "1"), code=2),
+    Case("name not UTF-8", lambda _: _odd_words("--data", "d\udcff"), ("UTF-8",), code=2),
+    Case("overlong place", lambda _: _odd_words("--data", "d" * 5000), ("name too long",)),
     Case("hub without network", _hub_without_network, ("hf:someone/convnext", "network")),
     Case("hub without owner", _hub_without_owner, ("hf:convnext", "hf:owner/name")),
     Case("unknown weights", _unknown_weights, ("--weights best", "auto, model, ema"), code=2),

@@ -33,8 +33,15 @@ def same(a: ConvNeXt, b: ConvNeXt) -> bool:
     return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
-@pytest.mark.parametrize("to", sorted(all_dialects()))
+@pytest.mark.parametrize(
+    ("to", "suffix"),
+    [
+        (to, suffix)
+        for to in sorted(all_dialects())
+        for suffix in (".safetensors", ".pth", ".bin")
+        if to != "own" or suffix == ".safetensors"
+    ],
+)
 def test_the_round_trip_is_bit_exact(to: str, suffix: str, tmp_path: Path) -> None:
     source = own(NET, tmp_path)
     convert(source, to, tmp_path / f"there{suffix}")
@@ -71,14 +78,48 @@ def test_what_cannot_be_expressed_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "v2.pth").exists()
 
 
-def test_half_precision_comes_back_as_it_was(tmp_path: Path) -> None:
-    tensors = {n: t.half() for n, t in seeded(NET, 1).state_dict().items()}
-    torch.save(tensors, tmp_path / "half.pth")
-    convert(tmp_path / "half.pth", "meta", tmp_path / "meta.pth")
-    convert(tmp_path / "meta.pth", "own", tmp_path / "back.pth")
-    back = torch.load(tmp_path / "back.pth", weights_only=True)
-    assert all(back[name].dtype == torch.float16 for name in tensors)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_precision_comes_back_as_it_was(dtype: torch.dtype, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        name: (tensor + 1e-3 * torch.rand(tensor.shape, generator=generator).double()).to(dtype)
+        for name, tensor in seeded(NET, 1).state_dict().items()
+    }
+    torch.save(tensors, tmp_path / "start.pth")
+    convert(tmp_path / "start.pth", "meta", tmp_path / "meta.pth")
+    convert(tmp_path / "meta.pth", "own", tmp_path / "back.safetensors")
+    back = checkpoint.load(tmp_path / "back.safetensors").stored
+    assert all(back[name].dtype == dtype for name in tensors)
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".pt", ".bin"])
+def test_own_goes_only_where_its_metadata_fits(suffix: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"for own a file ending in \.safetensors"):
+        convert(own(NET, tmp_path), "own", tmp_path / f"net{suffix}")
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        Architecture(depths=(1,), dims=(8,), classes=3, head_norm_first=True),
+        Architecture(depths=(1,), dims=(8,), classes=3, stem="overlap_act", stem_width=8),
+        Architecture(depths=(1,), dims=(8,), classes=3, norm_eps=1e-3, head_norm_eps=0.1),
+    ],
+)
+def test_own_keeps_what_tensors_do_not_show(net: Architecture, tmp_path: Path) -> None:
+    convert(own(net, tmp_path), "own", tmp_path / "again.safetensors")
+    record = checkpoint.load(tmp_path / "again.safetensors").record
+    assert record.architecture == net
+    assert record.labels == ("ant", "bee", "cat")
+
+
+def test_preprocessing_that_is_left_behind_is_said(tmp_path: Path) -> None:
+    source = own(NET, tmp_path)
+    source.with_suffix(".json").write_text(json.dumps({"mean": [0.5] * 3, "std": [0.5] * 3}))
+    for to, out in (("meta", "m.pth"), ("own", "o.safetensors"), ("hf", "folder")):
+        lost = convert(source, to, tmp_path / out)
+        assert any("how images are prepared" in sentence for sentence in lost), to
 
 
 @pytest.mark.parametrize("net", [NET, V2], ids=["v1", "v2"])
@@ -88,8 +129,7 @@ def test_transformers_loads_the_folder_and_computes_the_same(
     from transformers import AutoModelForImageClassification
 
     source = own(net, tmp_path)
-    (lost,) = convert(source, "hf", tmp_path / "folder")
-    assert "preprocessor_config.json" in lost
+    assert convert(source, "hf", tmp_path / "folder") == []
     theirs = AutoModelForImageClassification.from_pretrained(tmp_path / "folder").eval()
     assert theirs.config.id2label == {0: "ant", 1: "bee", 2: "cat"}
     ours = checkpoint.load_model(source)

@@ -120,3 +120,14 @@ def test_somebody_s_own_folders_are_never_replaced(folder: str, tmp_path: Path) 
     assert f"holds {folder}, and no run wrote it" in done.stderr
     assert mine.read_text() == "years"
     assert not (tmp_path / "project" / "stages").exists()
+
+
+def test_another_model_leaves_no_verdict_of_the_one_before(tmp_path: Path) -> None:
+    words = (*RUN, "--eval-images", "10", "--budget", "pass.toml", "--out", "run")
+    (tmp_path / "pass.toml").write_text("max_drop_pp = 50\n")
+    assert cli(*words, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "run" / "gate.md").is_file()
+    done = cli("quantize", "--calibration-images", "16", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    left = {item.name for item in (tmp_path / "run").iterdir()}
+    assert not left & {"report.json", "gate.md", "gate.xml", "pages", "artifacts"}

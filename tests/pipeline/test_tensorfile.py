@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pipeline import pickled
 from pipeline.errors import CheckpointError
-from pipeline.tensorfile import EMA_WRAPPERS, WRAPPERS, TensorFile, Weights, read_tensors
+from pipeline.records import Weights
+from pipeline.tensorfile import EMA_WRAPPERS, WRAPPERS, TensorFile, read_tensors
 
 
 def _net(value: float = 1.0) -> dict[str, Tensor]:
@@ -428,3 +429,13 @@ def test_an_ordered_dict_with_its_metadata_is_plain(tmp_path: Path) -> None:
     state = torch.nn.Sequential(torch.nn.Linear(2, 3)).state_dict()
     assert isinstance(state, OrderedDict)
     assert read_tensors([_saved(tmp_path, state)]).tensors.keys() == {"0.weight", "0.bias"}
+
+
+def test_a_network_may_share_its_storage_with_its_average(tmp_path: Path) -> None:
+    net = _net()
+    shared = {
+        **{f"model.{n}": t for n, t in net.items()},
+        **{f"ema.{n}": t for n, t in net.items()},
+    }
+    torch.save(shared, tmp_path / "shared.pth")
+    assert len(read_tensors([tmp_path / "shared.pth"]).tensors) == 2 * len(net)

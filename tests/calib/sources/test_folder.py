@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,14 @@ def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(base, "MAX_ENTRIES", 2)
     with pytest.raises(DataError, match="more than 2 files"):
         open_images(str(tmp_path), "calibration")
+
+
+def test_a_name_that_is_not_utf_8_is_left_out_and_shown(tmp_path: Path) -> None:
+    Image.new("RGB", (2, 2)).save(tmp_path / "good.png")
+    odd = os.fsencode(tmp_path) + b"/bad\xff.png"
+    Path(os.fsdecode(odd)).write_bytes(b"")
+    found = open_images(str(tmp_path), "calibration")
+    assert [entry.name for entry in found.entries] == ["good.png"]
+    (skipped,) = found.skipped
+    assert skipped.encode()
+    assert "not UTF-8" in skipped

@@ -235,3 +235,16 @@ def test_a_row_that_is_too_large_is_refused(
     monkeypatch.setattr(base, "MAX_FILE_BYTES", 10)
     with pytest.raises(DataError, match=r"a\.parquet/000000000 is \d+ bytes"):
         found.read(found.entries[0])
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_bomb_is_refused_before_it_is_unpacked(rows: int, tmp_path: Path) -> None:
+    """A few kilobytes that would take a gigabyte: no image compresses so."""
+    column = pa.array(
+        [{"bytes": bytes(80 * 2**20), "path": f"{i}.png"} for i in range(rows)], STRUCT
+    )
+    path = tmp_path / "bomb.parquet"
+    pq.write_table(pa.table({"image": column}), path, compression="zstd")
+    assert path.stat().st_size < 2**20
+    with pytest.raises(DataError, match="decompress to"):
+        open_images(str(path), "calibration")

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from calib.images import ImageSet, open_images
+from calib.preprocess import Unreadable
 from calib.sources import base
 from calib.sources.zipped import Zip
 from pipeline.errors import DataError
@@ -143,3 +144,24 @@ def test_a_stream_is_read_no_further_than_the_limit(monkeypatch: pytest.MonkeyPa
     with pytest.raises(DataError, match="x is 101 bytes or more"):
         base.read_capped(endless, "x")
     assert endless.tell() == 101
+
+
+def test_a_damaged_lzma_member_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("1.png", os.urandom(4096))
+    content = bytearray(path.read_bytes())
+    content[60:120] = bytes(60)
+    path.write_bytes(bytes(content))
+    found = _open(path)
+    with pytest.raises(Unreadable, match=r"1\.png cannot be read"):
+        found.read(found.entries[0])
+
+
+def test_an_entry_without_a_name_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x", b"")
+    path.write_bytes(path.read_bytes().replace(b"\x01\x00\x00\x00x", b"\x00\x00\x00\x00x"))
+    with pytest.raises(DataError):
+        _open(path)
