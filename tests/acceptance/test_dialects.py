@@ -46,10 +46,11 @@ EXPRESSES = {
     ("name", "dialect"), [(name, dialect) for name in NETWORKS for dialect in EXPRESSES[name]]
 )
 def test_runs_to_four_formats(name: str, dialect: str, tmp_path: Path) -> None:
-    own = tmp_path / "own.safetensors"
-    save(own, seeded(NETWORKS[name], seed=4), labels=None)
-    checkpoint = tmp_path / ("folder" if dialect == "hf" else f"{dialect}.pth")
-    convert(own, dialect, checkpoint)
+    saved = tmp_path / "saved.safetensors"
+    save(saved, seeded(NETWORKS[name], seed=4), labels=None)
+    named = {"own": "own.safetensors", "hf": "folder"}
+    checkpoint = tmp_path / named.get(dialect, f"{dialect}.pth")
+    convert(saved, dialect, checkpoint)
     words = ["--checkpoint", str(checkpoint), "--data", str(DATA / "photos200.zip")]
     words += ["--calibration-images", "8", "--input-size", "64", "--no-bench"]
     command = [sys.executable, "-P", "-m", "pipeline.cli", "run", *words]
