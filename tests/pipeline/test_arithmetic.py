@@ -175,8 +175,9 @@ def test_no_pair_overflows_and_less_is_lost_than_with_seven_bits(
         each: NDArray[np.float64] = (error.reshape(len(q), -1) ** 2).sum(axis=1)
         return each
 
-    largest = np.abs(weight).reshape(len(weight), -1).max(axis=1)
-    seven = np.where(largest < 2**-60, 1, largest / 64).astype(np.float32)
+    largest = np.abs(weight).reshape(len(weight), -1).max(axis=1).astype(float)
+    # A scale below 2**-62 counts as zero: such a row is 0 in either form.
+    seven = np.where(largest / 127 < 2**-62, 1, largest / 64).astype(np.float32)
     seven_bits = np.rint(weight / arithmetic.along_rows(seven, 3))
     # Scales are float32: that rounds every weight a little.
     slack = weight[0].size * (largest * 2.0**-23) ** 2
