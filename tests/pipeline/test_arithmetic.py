@@ -144,6 +144,22 @@ def test_headroom_is_that_of_the_contract(
     assert arithmetic.quantize_weight(of, scales, profile).tolist() == expected
 
 
+def test_a_pair_gives_way_to_the_nearest_one_that_fits() -> None:
+    every = np.arange(-127, 128)
+    first, second = np.meshgrid(every, every, indexing="ij")
+    fits = (first * second <= 0) | (abs(first) + abs(second) <= arithmetic.PAIR_LIMIT)
+    pairs = np.stack([first[fits], second[fits]], axis=1)
+    # Quarters: halves, which round to even, among them.
+    drawn = np.random.default_rng(0).integers(-508, 509, (500, 2)) / 4
+    # Both of these halves come out a last bit too large, and would round up.
+    drawn[0] = 119.34694646762286, 24.34694646762286
+    q = arithmetic.quantize_weight(drawn, np.ones(len(drawn), np.float32), "avx2")
+    for weight, chosen in zip(drawn, q.astype(float), strict=True):
+        least = ((pairs - weight) ** 2).sum(axis=1).min()
+        assert (pairs == chosen).all(axis=1).any()
+        assert ((chosen - weight) ** 2).sum() == pytest.approx(least, rel=1e-12)
+
+
 def test_a_depthwise_layer_needs_no_headroom() -> None:
     weight = np.array([[[1.0, 1.0]], [[-2.0, -2.0]]], np.float32)
     bias = np.zeros(2, np.float32)
