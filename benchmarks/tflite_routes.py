@@ -39,6 +39,7 @@ from pipeline.records import Architecture, Export, Preprocessing, Scheme
 from pipeline.statistics import percentile, ratio_interval, sqnr_db
 from targets import graph as g
 from targets.runtimes.tflite import RUNTIME
+from targets.translate import build_graph
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,7 +77,7 @@ def prepare(work: Path, model: str, input_size: int, source: Path | None) -> Non
     from calib.collect import collect
     from pipeline.convnext import SIZES, seeded
     from pipeline.fold import fold
-    from pipeline.quantize import quantize, write
+    from pipeline.quantize import Given, quantize, write
 
     depths, dims = SIZES[model]
     how = Preprocessing(input_size=input_size)
@@ -86,8 +87,9 @@ def prepare(work: Path, model: str, input_size: int, source: Path | None) -> Non
         chosen = open_images(str(source), "calibration").sample(2 * IMAGES, seed=0)
         _, pixels = next(batches(chosen, how, 2 * IMAGES))
     calibration, evaluation = pixels[:IMAGES], pixels[IMAGES:]
-    observed = collect(folded, [calibration])
-    write(work, *quantize(folded, observed, how, labels=None, parents={}))
+    statistics = collect(folded, [calibration])
+    given = Given(folded=folded, statistics=statistics, sample=calibration)
+    write(work, *quantize(given, how, labels=None, parents={}))
     with torch.inference_mode():
         logits = folded(torch.from_numpy(evaluation)).numpy()
     np.savez(work / DATA, calibration=calibration, evaluation=evaluation, logits=logits)
@@ -107,12 +109,12 @@ def shared_graph(work: Path, scheme: Scheme) -> g.Graph:
     export = Export(
         runtime="tflite",
         scheme=scheme,
-        placement="pointwise",
+        placement="pointwise-io",
         graph_form=RUNTIME.capabilities.graph_forms[0],
         gelu="tanh",
         profile="full" if scheme == "w8a8" else None,
     )
-    return g.build_graph(*read(work), RUNTIME.capabilities, export)
+    return build_graph(*read(work), RUNTIME.capabilities, export)
 
 
 def write_direct(work: Path, path: Path, *, scheme: Scheme) -> None:

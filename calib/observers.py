@@ -1,12 +1,14 @@
 """What is remembered of a tensor while the data streams by.
 
-In: one batch after another. Out: a `Range`. Memory does not grow with the number of images.
+In: one batch after another. Out: a `ChannelRange`. Memory does not grow with the number of images.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import torch
 
 from pipeline.errors import DataError
 from pipeline.records import Range
@@ -15,32 +17,46 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class RangeObserver:
-    """The least and the greatest value of all batches."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChannelRange:
+    """The least and the greatest value of every channel: float32 (C,) each."""
+
+    minimum: Tensor
+    maximum: Tensor
+
+    def whole(self) -> Range:
+        """Return the range of all channels together."""
+        return Range(minimum=float(self.minimum.min()), maximum=float(self.maximum.max()))
+
+    def union(self, other: ChannelRange) -> ChannelRange:
+        """Return what both saw."""
+        return ChannelRange(
+            minimum=torch.minimum(self.minimum, other.minimum),
+            maximum=torch.maximum(self.maximum, other.maximum),
+        )
+
+
+class ChannelObserver:
+    """The least and the greatest value of every channel over all batches."""
 
     def __init__(self, site: str) -> None:
         self.site = site
-        self.minimum = math.inf
-        self.maximum = -math.inf
-        self.count = 0
+        self.result: ChannelRange | None = None
 
     def observe(self, x: Tensor) -> None:
-        """Take in one batch of any shape.
+        """Take in one batch, (N, C, H, W) or (N, C).
 
         Raises:
             DataError: The batch holds NaN or infinities.
         """
         # Channels-last tensors are contiguous only in this order, and a copy costs a pass.
-        low, high = (float(value) for value in x.movedim(1, -1).aminmax())
-        if not (math.isfinite(low) and math.isfinite(high)):
+        rows = x.movedim(1, -1).flatten(0, -2)
+        seen = ChannelRange(minimum=rows.amin(dim=0), maximum=rows.amax(dim=0))
+        low, high = float(seen.minimum.min()), float(seen.maximum.max())
+        if not (torch.isfinite(seen.minimum).all() and torch.isfinite(seen.maximum).all()):
             raise DataError(
                 f"site {self.site} took values from {low} to {high} while calibrating",
                 allowed="finite activations",
                 do="Check the checkpoint's weights and the mean and std",
             )
-        self.minimum, self.maximum = min(self.minimum, low), max(self.maximum, high)
-        self.count += x.numel()
-
-    def result(self) -> Range:
-        """Return what was seen."""
-        return Range(minimum=self.minimum, maximum=self.maximum, count=self.count)
+        self.result = seen if self.result is None else self.result.union(seen)

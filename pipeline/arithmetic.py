@@ -11,7 +11,8 @@ int32 at scale_x * scale_w. Rounding is half to even.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import numpy as np
 
@@ -22,33 +23,46 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.floating]
 
+FEW_BITS: Final = 4
+BITS: Final = 8
+WIDE_BITS: Final = 16
 ACTIVATION_MIN, ACTIVATION_MAX = -128, 127
+ACTIVATION_LIMIT_16 = 32767
+"""Of w8a16, symmetric as TFLite's kernels ask; -32768 does not occur."""
 BIAS_LIMIT = 2**30
 SMALLEST_SCALE = 2.0**-62
 """Below this a scale counts as zero; the product of two such scales is still a normal float32."""
-WEIGHT_LIMIT = 127
-"""Largest |weight|; -128 does not occur."""
+WEIGHT_LIMITS = {BITS: 127, FEW_BITS: 7}
+"""Largest |weight| by bits; -128 and -8 do not occur."""
+WEIGHT_LIMIT = WEIGHT_LIMITS[BITS]
 PAIR_LIMIT = 128
 """What two weights of one sign may sum to where VPMADDUBSW adds their products with u8 in int16:
 255 * 128 = 32640 still fits. Of opposite signs they cannot overflow."""
 HEADROOM_STEPS = 16
 """Scales tried for a row whose pairs need headroom; the last leaves no pair above the limit."""
-Headroom = Literal["none", "pairs", "each"]
+SEARCH_STEPS = 16
+SMALLEST_FACTOR = {BITS: 0.85, FEW_BITS: 0.55}
+"""How far below max|w| / limit a row's scale is searched: clipping few to round all finer."""
 
 
-def activation_quantization(observed: Range) -> Quantization:
+def activation_quantization(observed: Range, bits: Literal[8, 16] = 8) -> Quantization:
     """Choose scale and zero point for a tensor with this range.
 
     The range is widened to contain 0, so that 0.0 is exactly a grid point. The scale is a float32,
     as every runtime stores it. A tensor that was always 0 gets scale 1 and represents 0 exactly.
 
     Args:
-        observed: The least and the greatest value seen.
+        observed: The least and the greatest value to represent.
+        bits: 8, asymmetric; or 16, symmetric.
 
     Returns:
-        Parameters for int8 in [-128, 127]; for uint8 add 128 to q and to the zero point.
+        Parameters for int8 in [-128, 127] (for uint8 add 128 to q and to the zero point), or for
+        int16 in [-32767, 32767].
     """
     low, high = min(observed.minimum, 0.0), max(observed.maximum, 0.0)
+    if bits == WIDE_BITS:
+        scale = float(np.float32(max(-low, high) / ACTIVATION_LIMIT_16))
+        return Quantization(scale=1.0 if scale < SMALLEST_SCALE else scale, zero_point=0, bits=16)
     steps = ACTIVATION_MAX - ACTIVATION_MIN
     scale = float(np.float32((high - low) / steps))
     if scale < SMALLEST_SCALE:
@@ -57,113 +71,144 @@ def activation_quantization(observed: Range) -> Quantization:
     return Quantization(scale=scale, zero_point=zero_point)
 
 
-def headroom(shape: tuple[int, ...], profile: Profile, *, depthwise: bool) -> Headroom:
-    """Say what keeps a layer's integer kernels from overflowing.
+def limits(parameters: Quantization) -> tuple[int, int]:
+    """Return the least and the greatest integer of a grid."""
+    if parameters.bits == WIDE_BITS:
+        return -ACTIVATION_LIMIT_16, ACTIVATION_LIMIT_16
+    return ACTIVATION_MIN, ACTIVATION_MAX
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightGrid:
+    """What a layer's integer weights may be.
 
     AVX2 without VNNI multiplies u8 by s8 with VPMADDUBSW, which adds two neighbours along the input
     channels in int16. Measured on onnxruntime's and OpenVINO's kernels with the worst inputs
     (`pytest tests/targets/test_headroom.py`): pairs (2i, 2i + 1) are what is added, in linear
     layers and in dense convolutions alike, and depthwise kernels widen first.
 
+    Attributes:
+        limit: Largest |weight|.
+        pairs: Whether two neighbours of one sign must sum to `PAIR_LIMIT` at most.
+        bits: 8 or 4.
+    """
+
+    limit: int
+    pairs: bool
+    bits: int
+
+
+def weight_grid(
+    shape: tuple[int, ...], profile: Profile, *, depthwise: bool, bits: int = 8
+) -> WeightGrid:
+    """Say what keeps a layer's integer kernels from overflowing.
+
     Args:
         shape: Of the weight: (out, in / groups, ...).
         profile: What the integers are made for.
         depthwise: Whether the layer is a depthwise convolution.
+        bits: Of the weights; 4 need no headroom.
 
     Returns:
-        `none`; `pairs`: two neighbours of one sign sum to `PAIR_LIMIT` at most; `each`: where the
-        channels do not pair up, every weight keeps to half of it.
+        The grid. Where headroom is asked and the channels do not pair up, every weight keeps to
+        half of `PAIR_LIMIT`.
     """
-    if profile == "full" or depthwise:
-        return "none"
-    return "each" if shape[1] % 2 else "pairs"
+    if profile == "full" or depthwise or bits == FEW_BITS:
+        return WeightGrid(limit=WEIGHT_LIMITS[bits], pairs=False, bits=bits)
+    if shape[1] % 2:
+        return WeightGrid(limit=PAIR_LIMIT // 2, pairs=False, bits=bits)
+    return WeightGrid(limit=WEIGHT_LIMIT, pairs=True, bits=bits)
 
 
 def weight_scales(
-    weight: Floats, bias: Floats, input_scale: float, profile: Profile, *, depthwise: bool = False
+    weight: Floats,
+    bias: Floats,
+    input_scale: float,
+    grid: WeightGrid,
+    importance: Floats | None = None,
 ) -> NDArray[np.float32]:
     """Choose one scale per output channel.
 
-    The scale is max|w| / 127; where pairs need headroom, the one of up to twice that which rounds
-    the row with the least squared error; where each weight needs it, max|w| / 64. It is raised
-    where the int32 bias at scale_x * scale_w would leave [-2**30, 2**30]: a bias that large drowns
-    what the coarser weights lose (at most K * 2**7 steps of its 2**30). A row of zeros gets the
-    scale that represents its bias, or 1 if that is 0 too.
+    The scale is max|w| / limit. With `importance`, it is the one from `SMALLEST_FACTOR` of that up
+    which rounds the row with the least weighted squared error; where pairs need headroom, one of up
+    to twice that. It is raised where the int32 bias at scale_x * scale_w would leave
+    [-2**30, 2**30]: a bias that large drowns what the coarser weights lose (at most K * 2**7 steps
+    of its 2**30). A row of zeros gets the scale that represents its bias, or 1 if that is 0 too.
 
     Args:
-        weight: Shape (out, ...), float.
+        weight: Shape (out, in, ...), float.
         bias: Shape (out,), float.
         input_scale: scale_x of the layer's input.
-        profile: Which headroom to leave.
-        depthwise: Whether the layer is a depthwise convolution.
+        grid: What the weights may be.
+        importance: Broadcastable to the weight: how much an error there counts, such as the mean
+            square of what it multiplies. None: no scale below max|w| / limit is tried.
 
     Returns:
         Shape (out,), float32, at least `SMALLEST_SCALE`.
     """
-    largest = np.abs(weight.reshape(len(weight), -1)).max(axis=1).astype(np.float64)
+    exact = weight.astype(np.float64)
+    largest = np.abs(exact.reshape(len(weight), -1)).max(axis=1)
     for_bias = np.abs(bias.astype(np.float64)) / (input_scale * BIAS_LIMIT)
-    room = headroom(weight.shape, profile, depthwise=depthwise)
-    limit = PAIR_LIMIT // 2 if room == "each" else WEIGHT_LIMIT
-    scale = np.maximum(largest / limit, for_bias)
+    scale = np.maximum(largest / grid.limit, for_bias)
     scale = np.where(scale < SMALLEST_SCALE, 1.0, scale)
-    if room == "pairs":
-        scale = _roomy(weight.astype(np.float64), scale)
-    chosen: NDArray[np.float32] = scale.astype(np.float32)
+    factors = [1.0]
+    if importance is not None:
+        factors = list(np.linspace(SMALLEST_FACTOR[grid.bits], 1.0, SEARCH_STEPS))
+    if grid.pairs:
+        factors += list(np.linspace(1.0, 2 * WEIGHT_LIMIT / PAIR_LIMIT, HEADROOM_STEPS))[1:]
+    best, least = scale, np.full(len(weight), np.inf)
+    for factor in factors if len(factors) > 1 else ():
+        tried = np.maximum(scale * factor, np.maximum(for_bias, SMALLEST_SCALE))
+        steps = along_rows(tried, weight.ndim)
+        lost = (round_weights(exact / steps, grid) * steps - exact) ** 2
+        lost *= 1.0 if importance is None else importance
+        error = lost.reshape(len(weight), -1).sum(axis=1)
+        best = np.where(error < least, tried, best)
+        least = np.minimum(error, least)
+    chosen: NDArray[np.float32] = best.astype(np.float32)
     return chosen
 
 
-def quantize(x: Floats, parameters: Quantization) -> NDArray[np.int8]:
-    """Map floats to int8: clip(round_half_even(x / scale) + zero_point)."""
+def quantize(x: Floats, parameters: Quantization) -> NDArray[np.int8 | np.int16]:
+    """Map floats to integers: clip(round_half_even(x / scale) + zero_point)."""
     q = np.rint(np.asarray(x, np.float64) / parameters.scale) + parameters.zero_point
-    clipped: NDArray[np.int8] = np.clip(q, ACTIVATION_MIN, ACTIVATION_MAX).astype(np.int8)
+    kind = np.int16 if parameters.bits == WIDE_BITS else np.int8
+    clipped: NDArray[np.int8 | np.int16] = np.clip(q, *limits(parameters)).astype(kind)
     return clipped
 
 
-def dequantize(q: NDArray[np.int8], parameters: Quantization) -> NDArray[np.float32]:
-    """Map int8 back to float32: scale * (q - zero_point)."""
+def dequantize(q: NDArray[np.int8 | np.int16], parameters: Quantization) -> NDArray[np.float32]:
+    """Map integers back to float32: scale * (q - zero_point)."""
     shifted = q.astype(np.int32) - parameters.zero_point
     return (shifted * np.float32(parameters.scale)).astype(np.float32)
 
 
 def quantize_weight(
-    weight: Floats, scales: NDArray[np.float32], profile: Profile, *, depthwise: bool = False
+    weight: Floats, scales: NDArray[np.float32], grid: WeightGrid
 ) -> NDArray[np.int8]:
     """Round a weight to its per-channel grid.
 
     Args:
-        weight: Shape (out, ...), float.
+        weight: Shape (out, in, ...), float.
         scales: Shape (out,), from `weight_scales`.
-        profile: Which headroom to leave.
-        depthwise: Whether the layer is a depthwise convolution.
+        grid: What the weights may be.
 
     Returns:
-        int8 of the weight's shape, with the headroom that the profile asks.
+        int8 of the weight's shape, with the headroom that the grid asks.
     """
-    room = headroom(weight.shape, profile, depthwise=depthwise)
-    limit = PAIR_LIMIT // 2 if room == "each" else WEIGHT_LIMIT
-    x = np.clip(weight.astype(np.float64) / along_rows(scales, weight.ndim), -limit, limit)
-    return (_round_pairs(x) if room == "pairs" else np.rint(x)).astype(np.int8)
+    steps = weight.astype(np.float64) / along_rows(scales, weight.ndim)
+    return round_weights(steps, grid).astype(np.int8)
 
 
-def _roomy(weight: NDArray[np.float64], scale: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return, per row, the scale from `scale` up that loses least to rounding and headroom."""
-    best, least = scale, np.full(len(weight), np.inf)
-    for factor in np.linspace(1.0, 2 * WEIGHT_LIMIT / PAIR_LIMIT, HEADROOM_STEPS):
-        tried = scale * factor
-        x = weight / along_rows(tried, weight.ndim)
-        lost = (_round_pairs(x) - x).reshape(len(x), -1)
-        error = np.einsum("ij,ij->i", lost, lost) * tried**2
-        best = np.where(error < least, tried, best)
-        least = np.minimum(error, least)
-    return best
+def round_weights(x: NDArray[np.float64], grid: WeightGrid) -> NDArray[np.float64]:
+    """Round weights, given in steps of their scales, to the nearest that a grid allows.
 
-
-def _round_pairs(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Round weights in steps to the nearest integers whose pairs keep to `PAIR_LIMIT`.
-
-    A pair that exceeds it gives way on both sides alike, which is the least in squares.
+    Where pairs need headroom, one that exceeds it gives way on both sides alike, which is the least
+    in squares.
     """
-    pairs = np.clip(x, -WEIGHT_LIMIT, WEIGHT_LIMIT).reshape(len(x), x.shape[1] // 2, 2, -1)
+    if not grid.pairs:
+        return np.rint(np.clip(x, -grid.limit, grid.limit))
+    pairs = np.clip(x, -grid.limit, grid.limit).reshape(len(x), x.shape[1] // 2, 2, -1)
     first, second = pairs[:, :, 0], pairs[:, :, 1]
     excess = np.where(first * second > 0, abs(first) + abs(second) - PAIR_LIMIT, 0).clip(0)
     a, b = (np.rint(w - np.sign(w) * excess / 2) for w in (first, second))
@@ -174,7 +219,8 @@ def _round_pairs(x: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def dequantize_weight(q: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return scale * q per output channel, in float32."""
-    return (q * along_rows(scales, q.ndim)).astype(np.float32)
+    values: NDArray[np.float32] = (q * along_rows(scales, q.ndim)).astype(np.float32)
+    return values
 
 
 def bias_scales(input_scale: float, scales: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -199,6 +245,6 @@ def quantize_bias(
     return q.astype(np.int32)
 
 
-def along_rows(scales: NDArray[np.float32], ndim: int) -> NDArray[np.float32]:
+def along_rows(scales: NDArray[Any], ndim: int) -> NDArray[Any]:
     """Reshape (out,) so that it broadcasts along a tensor's first of `ndim` axes."""
     return scales.reshape(-1, *[1] * (ndim - 1))

@@ -1,6 +1,7 @@
 """The calibrate stage: what every site of the folded model held over the calibration images.
 
-In: the checkpoint stage's folder and a selection of images. Out: ranges.json, site to `Range`.
+In: the checkpoint stage's folder and a selection of images. Out: statistics.safetensors: the range
+of every channel of every site.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import TypeAdapter
 
-from calib.collect import collect, merge
+from calib.collect import collect, merge, save_statistics
 from calib.images import select
 from calib.preprocess import batches, check_readable
 from pipeline import checkpoint
 from pipeline.distributed import group
 from pipeline.fold import fold
-from pipeline.records import Preprocessing, Range, Selection
+from pipeline.records import Preprocessing, Selection
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from calib.collect import Statistics
     from calib.images import ImageSet
     from pipeline.distributed import Group
     from pipeline.worker import Progress
 
-RANGES = "ranges.json"
+STATISTICS = "statistics.safetensors"
 CALIBRATION_BATCH = 8
 
 
@@ -51,34 +53,32 @@ def calibrate_stage(
         preprocessing: A `Preprocessing` as JSON.
         workers: Processes that decode ahead.
         call: For `pipeline.distributed.group`.
-        folder: Takes ranges.json, site name to `Range`.
+        folder: Takes statistics.safetensors.
         progress: Called per batch.
 
     Returns:
-        `skipped`: the names of images that could not be decoded.
+        `skipped`: the names of images that could not be decoded; `statistics`: the file's name.
     """
     how = TypeAdapter(Preprocessing).validate_python(preprocessing)
     chosen = TypeAdapter(Selection).validate_python(selection)
 
-    def observe(ranks: Group) -> tuple[dict[str, Range], list[str], int]:
+    def observe(ranks: Group) -> tuple[Statistics, list[str], int]:
         record, tensors = checkpoint.read(Path(model))
         images = select(chosen)
         images = replace(images, entries=tuple(ranks.shard(images.entries)))
         folded = fold(checkpoint.build(record, tensors), how)
         folded = folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         skipped: list[str] = []
-        ranges = collect(folded, _pixels(images, how, workers, skipped, progress))
-        return ranges, skipped, len(images.entries)
+        statistics = collect(folded, _pixels(images, how, workers, skipped, progress))
+        return statistics, skipped, len(images.entries)
 
     with group(call) as ranks:
         found = ranks.gather(lambda: observe(ranks))
     skipped = [name for _, names, _ in found for name in names]
     check_readable(chosen.where, sum(n for *_, n in found), skipped)
     if ranks.leads:
-        ranges = merge([of_rank for of_rank, *_ in found])
-        data = TypeAdapter(dict[str, Range]).dump_json(ranges, indent=1)
-        (Path(folder) / RANGES).write_bytes(data)
-    return {"skipped": skipped}
+        save_statistics(Path(folder) / STATISTICS, merge([of_rank for of_rank, *_ in found]))
+    return {"skipped": skipped, "statistics": STATISTICS}
 
 
 def _pixels(

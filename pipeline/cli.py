@@ -139,12 +139,23 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
             typer.Option(help="The data's classes in the model's order: a file, or `sorted`."),
         ] = None,
         input_size: Annotated[int | None, typer.Option(help="Side of the image, pixels.")] = None,
-        scheme: Annotated[str | None, typer.Option(help="float or w8a8.")] = None,
+        scheme: Annotated[
+            str | None,
+            typer.Option(help="float, w8a8, w4a8, w8a16, w8a8-dynamic or w8."),
+        ] = None,
         runtimes: Annotated[
             str | None, typer.Option(help="Comma-separated: onnx,openvino,tflite,coreml.")
         ] = None,
         placement: Annotated[
-            str | None, typer.Option(help="Layers in integers: pointwise or all.")
+            str | None,
+            typer.Option(help="Layers in integers: pointwise, pointwise-io or all."),
+        ] = None,
+        method: Annotated[
+            str | None,
+            typer.Option(help="How grids are chosen: search, min-max, percentile, mse, entropy."),
+        ] = None,
+        rounding: Annotated[
+            str | None, typer.Option(help="Of weights: auto, nearest, gptq or adaround.")
         ] = None,
         out: Annotated[Path, typer.Option(help="The run folder.")] = DEFAULT_OUT,
         calibration_images: Annotated[int | None, typer.Option(help="At most this many.")] = None,
@@ -195,6 +206,8 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
                 "scheme": scheme,
                 "runtimes": tuple(words.listed(runtimes)) if runtimes is not None else None,
                 "placement": placement,
+                "method": method,
+                "rounding": rounding,
                 "calibration_images": calibration_images,
                 "eval_images": eval_images,
                 "seed": seed,
@@ -304,6 +317,19 @@ def gate(
 
 
 # --- looking ------------------------------------------------------------------------------------
+
+
+@app.command()
+def explain(run_dir: RunDir, as_json: Json = False) -> None:
+    """Tell what the calibration chose at every site, and which site costs most."""
+    from pipeline.explain import explain as collect
+    from pipeline.explain import show
+
+    facts = collect(run_dir)
+    if as_json:
+        sys.stdout.write(json.dumps(facts, indent=2) + "\n")
+    else:
+        show(facts, out_console)
 
 
 @app.command()

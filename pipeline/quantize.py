@@ -1,102 +1,351 @@
 """Post-training quantization: folded model + statistics -> `QuantizedModel`.
 
-In: the folded network and the range of every site. Out: params.json and tensors.safetensors, one
-set of integers per profile; no pickle.
+In: the folded network, what every site's channels held, and a sample of images. Out: params.json
+and tensors.safetensors, one set of integers per profile; no pickle.
+
+The sample walks through the network once, module by module, in lanes: as the float network computes
+it, and as the integers of each profile do. At a site the grid is chosen, at a layer the integers,
+with everything in front of it already quantized. All lanes speak the folded network's units.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
+import torch
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
+from calib.choose import Seen, choose, choose_stream
+from calib.collect import load_statistics
+from calib.images import select
+from calib.layer import IntegerLayer, rounded, unrounded
+from calib.preprocess import batches
+from calib.probe import Behind, FunctionReader, LayerReader
+from calib.rounding import mean_error
 from pipeline import checkpoint
-from pipeline.arithmetic import (
-    activation_quantization,
-    quantize_bias,
-    quantize_weight,
-    weight_scales,
-)
-from pipeline.convnext import ConvNeXt, layers
+from pipeline.arithmetic import BITS, FEW_BITS, weight_grid
+from pipeline.convnext import ChannelNorm, layer_kind
 from pipeline.errors import ArtifactError
 from pipeline.fold import fold
+from pipeline.placements import PLACEMENTS, POINTWISE, quantized_sites
 from pipeline.records import (
+    ACTIVATION_BITS,
     PROFILES,
+    Calibration,
     Layer,
     Preprocessing,
+    Profile,
     QuantizedModel,
-    Range,
+    Selection,
+    SiteCalibration,
+    Wanted,
     to_json,
 )
-from pipeline.trace import inputs_of_layers
+from pipeline.trace import WEIGHTED, Freedom, node_name, structure, trace
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
+    from torch import Tensor, fx
 
+    from calib.collect import Statistics
+    from calib.grid import Rescaling, SiteGrid
+    from calib.probe import Reader
+    from pipeline.arithmetic import WeightGrid
+    from pipeline.convnext import ConvNeXt
+    from pipeline.trace import Place
     from pipeline.worker import Progress
 
 PARAMS, TENSORS = "params.json", "tensors.safetensors"
+FLOAT = "float"
+"""The lane of the float network."""
+SAMPLE_VALUES = 2**22
+"""Numbers in the sample of images: what the walk holds in memory follows from it."""
+MOST_SAMPLED = 256
+FREEDOMS: Mapping[Freedom, Literal["shift", "scale", "none"]] = {
+    Freedom.NORM: "shift",
+    Freedom.ROWS: "scale",
+    Freedom.STREAM: "none",
+    Freedom.NONE: "none",
+}
+
+Lanes = dict[str, "Tensor"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a network is quantized from.
+
+    Attributes:
+        folded: The folded network, float32.
+        statistics: What every site's channels held over all calibration images.
+        sample: Some of those images: pixels in [0, 255], float32 (N, C, H, W).
+    """
+
+    folded: ConvNeXt
+    statistics: Statistics
+    sample: NDArray[np.float32]
 
 
 def quantize(
-    folded: ConvNeXt,
-    ranges: Mapping[str, Range],
+    given: Given,
     preprocessing: Preprocessing,
+    wanted: Wanted | None = None,
     *,
     labels: tuple[str, ...] | None,
     parents: Mapping[str, str],
+    progress: Progress | None = None,
 ) -> tuple[QuantizedModel, dict[str, NDArray[Any]]]:
     """Choose every scale and round every weight, once for all runtimes.
 
     Args:
-        folded: The folded network, float32.
-        ranges: Site name to what it held over the calibration images.
+        given: What it is made from.
         preprocessing: What the artifacts embed.
+        wanted: What it is made for; None is w8a8, every layer, by search.
         labels: Class names in the order of the logits.
         parents: Name to sha256 of what this was made from.
+        progress: Called per site and layer.
 
     Returns:
-        The record and its arrays: `float/NAME` (float32) and, per profile, `PROFILE/LAYER.weight`
-        (int8), `.weight_scale` (float32) and `.bias` (int32).
+        The record and its arrays, as `QuantizedModel` describes them.
     """
-    parameters = {name: activation_quantization(observed) for name, observed in ranges.items()}
-    reads = inputs_of_layers(folded)
-    arrays: dict[str, NDArray[Any]] = {}
-    for name, kind, module in layers(folded):
-        depthwise = kind is Layer.DEPTHWISE
-        weight = module.weight.detach().numpy()
-        bias = (
-            np.asarray(module.bias.detach()) if module.bias is not None else np.zeros(len(weight))
-        )
-        input_scale = parameters[reads[name]].scale
-        for profile in PROFILES:
-            scales = weight_scales(weight, bias, input_scale, profile, depthwise=depthwise)
-            q = quantize_weight(weight, scales, profile, depthwise=depthwise)
-            arrays[f"{profile}/{name}.weight"] = q
-            arrays[f"{profile}/{name}.weight_scale"] = scales
-            arrays[f"{profile}/{name}.bias"] = quantize_bias(bias, input_scale, scales)
-    for name, tensor in folded.state_dict().items():
-        arrays[f"float/{name}"] = tensor.numpy()
+    wanted = wanted or Wanted()
+    walk = _Walk(given, wanted)
+    with torch.no_grad():
+        walk.run(progress)
+    arrays = walk.arrays
+    for name, tensor in given.folded.state_dict().items():
+        arrays[f"{FLOAT}/{name}"] = tensor.numpy()
     record = QuantizedModel(
-        architecture=folded.architecture,
+        architecture=given.folded.architecture,
         preprocessing=preprocessing,
         labels=labels,
-        sites=parameters,
+        scheme=wanted.scheme,
+        placement=wanted.placement,
+        calibration=wanted.calibration,
+        float_layers=wanted.float_layers,
+        sites={name: grid.parameters for name, grid in walk.grids.items()},
+        chosen=walk.chosen,
         parents=dict(parents),
     )
     return record, arrays
 
 
+class _Walk:
+    """The sample's way through the network."""
+
+    def __init__(self, given: Given, wanted: Wanted) -> None:
+        self.given = given
+        self.wanted = wanted
+        self.how = wanted.calibration
+        self.bits = ACTIVATION_BITS.get(wanted.scheme)
+        """Of activations; None where the scheme quantizes none beforehand."""
+        self.graph, self.modules = trace(given.folded)
+        self.structure = structure(self.graph, self.modules)
+        placement = PLACEMENTS[wanted.placement]
+        self.integer = {
+            name
+            for name in self.structure.reads
+            if layer_kind(name) in placement.layers and name not in wanted.float_layers
+        }
+        self.quantized = quantized_sites(placement, self.structure, self.integer)
+        searches = self.how.method == "search"
+        self.lanes: tuple[str, ...] = (FLOAT, *PROFILES) if searches else (FLOAT,)
+        self.grids: dict[str, SiteGrid] = {}
+        self.chosen: dict[str, SiteCalibration] = {}
+        self.streams: dict[str, Rescaling] = {}
+        self.arrays: dict[str, NDArray[Any]] = {}
+        self.values: dict[fx.Node, Lanes] = {}
+
+    def run(self, progress: Progress | None) -> None:
+        if self.how.method == "search" and self.how.rescale and self.bits:
+            self._choose_streams()
+        left = {node: len(node.users) for node in self.graph.nodes}
+        total = len(left)
+        for done, node in enumerate(self.graph.nodes):
+            if progress is not None:
+                progress(done, total)
+            if node.op == "output":
+                continue
+            self.values[node] = self._step(node)
+            for source in node.all_input_nodes:
+                left[source] -= 1
+                if not left[source]:
+                    del self.values[source]
+        for stage, rescaling in self.streams.items():
+            self.arrays[f"rescale/{stage}.scale"] = rescaling.scale.numpy()
+
+    def _step(self, node: fx.Node) -> Lanes:
+        if node.op == "placeholder":
+            return dict.fromkeys(self.lanes, torch.from_numpy(self.given.sample))
+        inputs = [self.values[source] for source in node.all_input_nodes]
+        if node.op != "call_module":
+            return {lane: inputs[0][lane] + inputs[1][lane] for lane in self.lanes}
+        name = node_name(node)
+        if name in self.structure.places:
+            return self._site(name, inputs[0])
+        if name in self.integer:
+            return self._layer(name, inputs[0])
+        return {lane: self.modules[name](inputs[0][lane]) for lane in self.lanes}
+
+    # --- sites ---------------------------------------------------------------------------------
+
+    def _site(self, name: str, x: Lanes) -> Lanes:
+        """Choose a site's grid; a site outside the placement gets the plain one."""
+        place, seen = self.structure.places[name], self._seen(name, x[FLOAT])
+        quantizes = name in self.quantized and self.bits is not None
+        free = FREEDOMS[place.freedom]
+        how, bits = self.how, self.bits or BITS
+        if name not in self.quantized or (self.wanted.scheme == "w8"):
+            how, free = Calibration(method="min-max"), "none"
+        grid, found = choose(seen, how, bits, free=free, given=self._of_stream(name, place))
+        self.grids[name] = grid
+        if quantizes:
+            self.chosen[name] = found
+        if not grid.rescaling.changes_nothing and place.freedom is not Freedom.STREAM:
+            self.arrays[f"rescale/{name}.scale"] = grid.rescaling.scale.numpy()
+            if place.freedom is Freedom.NORM:
+                self.arrays[f"rescale/{name}.shift"] = grid.rescaling.shift.numpy()
+        if not quantizes:
+            return x
+        return {lane: value if lane == FLOAT else grid(value) for lane, value in x.items()}
+
+    def _of_stream(self, name: str, place: Place) -> Rescaling | None:
+        if place.freedom is not Freedom.STREAM or name not in self.quantized:
+            return None
+        return self.streams.get(str(place.stage))
+
+    def _seen(self, name: str, x: Tensor) -> Seen:
+        reader = self._reader(name, x.shape[1])
+        return Seen(x=x, channels=self.given.statistics[name], reader=reader)
+
+    def _reader(self, name: str, channels: int) -> Reader:
+        """Return what reads a site, and what follows that: LayerNorm or GELU, and how it counts."""
+        readers = self.structure.places[name].readers
+        if len(readers) == 1 and isinstance(self.modules[readers[0]], WEIGHTED):
+            layer = cast("nn.Conv2d | nn.Linear", self.modules[readers[0]])
+            grid = self._weight_grid(readers[0], "full")
+            written = self.structure.writes.get(readers[0])
+            after = self.structure.places[written].readers if written else ()
+            behind = self._behind(after, len(layer.weight))
+            return LayerReader(layer=layer, grid=grid, behind=behind)
+        return FunctionReader(behind=self._behind(readers, channels))
+
+    def _behind(self, readers: Sequence[str], channels: int) -> Behind:
+        """Return the function that is all that reads a site, with its reader's column norms."""
+        module = self.modules[readers[0]] if len(readers) == 1 else None
+        if not isinstance(module, nn.GELU | ChannelNorm):
+            return Behind(function=nn.Identity(), weight=torch.ones(channels))
+        weight = torch.ones(channels)
+        for place in self.structure.places.values():
+            if place.writer == readers[0] and len(place.readers) == 1:
+                reader = self.modules[place.readers[0]]
+                if isinstance(reader, nn.Linear):
+                    weight = reader.weight.detach().norm(dim=0)
+        return Behind(function=module, weight=weight)
+
+    def _choose_streams(self) -> None:
+        """Settle the residual streams first: each is read and written at many sites."""
+        assert self.bits is not None
+        of_stage: dict[str, list[str]] = {}
+        for name, place in self.structure.places.items():
+            if place.freedom is Freedom.STREAM and name in self.quantized:
+                of_stage.setdefault(str(place.stage), []).append(name)
+        wanted = {name for names in of_stage.values() for name in names}
+        held = _observed(self.given, wanted)
+        for stage, names in of_stage.items():
+            seen = [self._seen(name, held[name]) for name in names]
+            best = choose_stream(seen, self.bits)
+            if not best.changes_nothing:
+                self.streams[stage] = best
+
+    # --- layers --------------------------------------------------------------------------------
+
+    def _layer(self, name: str, x: Lanes) -> Lanes:
+        module = cast("nn.Conv2d | nn.Linear", self.modules[name])
+        site = self.grids[self.structure.reads[name]]
+        scale = site.parameters.scale if self.bits else None
+        plain = unrounded(module, site.rescaling, scale)
+        out = {FLOAT: module(x[FLOAT])}
+        for profile in PROFILES:
+            grid = self._weight_grid(name, profile)
+            if profile not in self.lanes:
+                self._keep(name, profile, rounded(plain, grid, self.how.rounding))
+                continue
+            layer = rounded(plain, grid, self.how.rounding, x[FLOAT], x[profile])
+            if self.how.correct_bias:
+                layer = layer.corrected(mean_error(out[FLOAT], layer(x[profile])))
+            out[profile] = layer(x[profile])
+            self._keep(name, profile, layer)
+        return out
+
+    def _weight_grid(self, name: str, profile: Profile) -> WeightGrid:
+        kind = layer_kind(name)
+        shape = tuple(cast("nn.Conv2d", self.modules[name]).weight.shape)
+        few = self.wanted.scheme == "w4a8" and kind in POINTWISE
+        bits = FEW_BITS if few else BITS
+        return weight_grid(shape, profile, depthwise=kind is Layer.DEPTHWISE, bits=bits)
+
+    def _keep(self, name: str, profile: Profile, layer: IntegerLayer) -> None:
+        self.arrays[f"{profile}/{name}.weight"] = layer.weight
+        self.arrays[f"{profile}/{name}.weight_scale"] = layer.scales
+        self.arrays[f"{profile}/{name}.bias"] = layer.bias
+
+
+def _observed(given: Given, names: Collection[str]) -> dict[str, Tensor]:
+    """Return what sites hold on the sample in the float network."""
+    held: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+            held[name] = output
+
+        return hook
+
+    modules = dict(given.folded.named_modules())
+    handles = [modules[name].register_forward_hook(keep(name)) for name in names]
+    try:
+        given.folded(torch.from_numpy(given.sample))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return held
+
+
+def sample_size(preprocessing: Preprocessing) -> int:
+    """Return how many images the walk looks at: fewer of larger ones."""
+    values = preprocessing.channels * preprocessing.input_size**2
+    return min(MOST_SAMPLED, max(8, SAMPLE_VALUES // values))
+
+
+def sample(selection: Selection, preprocessing: Preprocessing) -> NDArray[np.float32]:
+    """Return the pixels of the first images of a selection that can be decoded.
+
+    Returns:
+        float32 (N, C, H, W) in [0, 255], N at most `sample_size`.
+    """
+    images = select(selection)
+    wanted, taken = sample_size(preprocessing), list[Any]()
+    for _, pixels in batches(images, preprocessing, 8, workers=0, skipped=[]):
+        taken.append(pixels)
+        if sum(map(len, taken)) >= wanted:
+            break
+    return np.ascontiguousarray(np.concatenate(taken)[:wanted])
+
+
 def quantize_stage(
     model: str,
-    ranges: str,
+    statistics: str,
+    selection: dict[str, Any],
     preprocessing: dict[str, Any],
+    wanted: dict[str, Any],
     parents: dict[str, str],
     folder: str,
     progress: Progress,
@@ -105,20 +354,30 @@ def quantize_stage(
 
     Args:
         model: Folder of the checkpoint stage.
-        ranges: ranges.json of the calibrate stage.
+        statistics: What the calibrate stage wrote.
+        selection: The calibration images, a `Selection` as JSON.
         preprocessing: A `Preprocessing` as JSON.
+        wanted: A `Wanted` as JSON.
         parents: Name to sha256 of what the model is made from.
         folder: Takes params.json and tensors.safetensors.
-        progress: Called before and after.
+        progress: Called per site and layer.
     """
-    progress(0, 1)
     record, tensors = checkpoint.read(Path(model))
     how = TypeAdapter(Preprocessing).validate_python(preprocessing)
-    observed = TypeAdapter(dict[str, Range]).validate_json(Path(ranges).read_bytes())
-    folded = fold(checkpoint.build(record, tensors), how)
-    quantized, arrays = quantize(folded, observed, how, labels=record.labels, parents=parents)
+    given = Given(
+        folded=fold(checkpoint.build(record, tensors), how),
+        statistics=load_statistics(Path(statistics)),
+        sample=sample(TypeAdapter(Selection).validate_python(selection), how),
+    )
+    quantized, arrays = quantize(
+        given,
+        how,
+        TypeAdapter(Wanted).validate_python(wanted),
+        labels=record.labels,
+        parents=parents,
+        progress=progress,
+    )
     write(Path(folder), quantized, arrays)
-    progress(1, 1)
 
 
 def write(folder: Path, record: QuantizedModel, arrays: Mapping[str, NDArray[Any]]) -> None:

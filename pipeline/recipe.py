@@ -14,11 +14,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.errors import UsageError
 from pipeline.records import (
     Batch,
+    Calibration,
     CropMode,
     CropRatio,
     Interpolation,
     PositiveFloat,
     PositiveInt,
+    RangeMethod,
+    Rounding,
     Scheme,
     Side,
     Weights,
@@ -102,6 +105,8 @@ class Recipe(_Strict):
             line, or `sorted`; None matches by name.
         isa: Where the artifacts will run; `auto` takes each runtime's default.
         placement: Which layers run in integers; None takes each runtime's default.
+        method: How ranges and rescalings are chosen: `search`, or one kind of range everywhere.
+        rounding: Of weights.
     """
 
     checkpoint: str | None = None
@@ -114,6 +119,8 @@ class Recipe(_Strict):
     scheme: Scheme = "w8a8"
     runtimes: Annotated[tuple[str, ...], Field(min_length=1)] = RUNTIMES
     placement: str | None = None
+    method: RangeMethod | Literal["search"] = "search"
+    rounding: Rounding = "auto"
     calibration_images: PositiveInt = 512
     eval_images: PositiveInt | None = None
     seed: int = 0
@@ -126,6 +133,10 @@ class Recipe(_Strict):
     preprocessing: PreprocessingOverride = PreprocessingOverride()
     gate: Budget | None = None
     baseline: str | None = None
+
+    def calibration(self) -> Calibration:
+        """Return how scales and integers are chosen."""
+        return Calibration(method=self.method, rounding=self.rounding)
 
 
 def load_recipe(path: Path | None, overrides: Mapping[str, Any]) -> Recipe:

@@ -41,17 +41,21 @@ Side = Annotated[int, Field(gt=0, le=4096)]
 CropRatio = Annotated[float, Field(ge=0.05, le=1)]
 Batch = Annotated[int, Field(gt=0, le=4096)]
 
-Scheme = Literal["float", "w8a8"]
+Scheme = Literal["float", "w8a8", "w4a8", "w8a16", "w8a8-dynamic", "w8"]
 Profile = Literal["full", "avx2"]
 Isa = Literal["avx2", "vnni", "arm"]
 Kind = Literal["device", "host", "emulated", "interpreted"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 CropMode = Literal["center", "squash"]
 Weights = Literal["auto", "model", "ema"]
+RangeMethod = Literal["min-max", "percentile", "mse", "entropy"]
+Rounding = Literal["auto", "nearest", "gptq", "adaround"]
 
 IMAGE_CHANNELS = (1, 3)
 
-SCHEMES: tuple[Scheme, ...] = ("float", "w8a8")
+SCHEMES: tuple[Scheme, ...] = ("float", "w8a8", "w4a8", "w8a16", "w8a8-dynamic", "w8")
+ACTIVATION_BITS: dict[Scheme, Literal[8, 16]] = {"w8a8": 8, "w4a8": 8, "w8a16": 16}
+"""Of the schemes that fix the activations' grid beforehand; the others quantize no site."""
 PROFILES: tuple[Profile, ...] = ("full", "avx2")
 PROFILE_OF_ISA: dict[Isa, Profile] = {"avx2": "avx2", "vnni": "full", "arm": "full"}
 
@@ -243,12 +247,47 @@ class Layer(StrEnum):
 
 
 @_record
+class Calibration:
+    """How scales and integers are chosen.
+
+    Attributes:
+        method: `search` tries ranges and rescalings at every site and keeps what disturbs the
+            output of the site's reader least. The others take one kind of range everywhere, round
+            to nearest and change nothing else: what the search is held against.
+        rounding: Of weights. `auto` is GPTQ where weights have 4 bits and nearest elsewhere.
+        rescale: Whether the search may rescale channels.
+        correct_bias: Whether the mean error of each layer goes into its bias.
+    """
+
+    method: RangeMethod | Literal["search"] = "search"
+    rounding: Rounding = "auto"
+    rescale: bool = True
+    correct_bias: bool = True
+
+
+@_record
+class Wanted:
+    """What integers are made for.
+
+    Attributes:
+        scheme: Not `float`.
+        placement: The widest that an artifact will have.
+        calibration: How they are chosen.
+        float_layers: Layers that stay float in every placement.
+    """
+
+    scheme: Scheme = "w8a8"
+    placement: str = "all"
+    calibration: Calibration = Calibration()
+    float_layers: tuple[str, ...] = ()
+
+
+@_record
 class Range:
-    """What one site held over the calibration images: values in the units of the float model."""
+    """The least and the greatest value of a tensor."""
 
     minimum: float
     maximum: float
-    count: PositiveInt
 
     @model_validator(mode="after")
     def _ordered(self) -> Range:
@@ -260,10 +299,41 @@ class Range:
 
 @_record
 class Quantization:
-    """Affine parameters of one tensor in signed int8: x = scale * (q - zero_point)."""
+    """Affine parameters of one tensor in signed integers: x = scale * (q - zero_point).
+
+    With 16 bits the zero point is 0.
+    """
 
     scale: PositiveFloat
     zero_point: Annotated[int, Field(ge=-128, le=127)]
+    bits: Literal[8, 16] = 8
+
+
+@_record
+class SiteCalibration:
+    """What the calibration chose at one site, and what that does to the images it looked at.
+
+    Attributes:
+        range_method: Which range it took.
+        strength: How far the channels' ranges were made equal: 0 not at all, 1 wholly.
+        minimum: Of the range, in the site's own units after rescaling.
+        maximum: As minimum.
+        clipped: Share of the values outside the range.
+        spread_before: The widest channel's range over the median channel's.
+        spread_after: The same after rescaling.
+        sqnr_db: Of what reads the site, with this site alone quantized.
+        plain_sqnr_db: The same with the plain grid: min-max, not rescaled.
+    """
+
+    range_method: RangeMethod
+    strength: Fraction
+    minimum: float
+    maximum: float
+    clipped: Fraction
+    spread_before: float
+    spread_after: float
+    sqnr_db: float
+    plain_sqnr_db: float
 
 
 @_record
@@ -271,14 +341,22 @@ class QuantizedModel:
     """One set of integers per profile for every weight, one scale per site, for every runtime.
 
     The arrays are in the tensors.safetensors beside params.json: the folded float tensors under
-    `float/NAME`, and per profile `PROFILE/LAYER.weight` (int8), `.weight_scale` (float32, per
-    output channel) and `.bias` (int32 at scale_x * scale_w).
+    `float/NAME`; per profile `PROFILE/LAYER.weight` (int8), `.weight_scale` (float32, per output
+    channel) and `.bias` (int32 at scale_x * scale_w); and `rescale/PLACE.scale`, `.shift` (float32,
+    per channel) of sites and stages whose channels are rescaled.
+
+    `scheme` and `placement` are what the integers were chosen for.
     """
 
     architecture: Architecture
     preprocessing: Preprocessing
     labels: tuple[str, ...] | None
+    scheme: Scheme
+    placement: str
+    calibration: Calibration
+    float_layers: tuple[str, ...] = ()
     sites: dict[str, Quantization]
+    chosen: dict[str, SiteCalibration]
     parents: dict[str, str]
 
 
@@ -302,8 +380,10 @@ class Export:
 class Proof:
     """What a runtime itself says that it executes, counted on the finished artifact.
 
-    `integer_layers` counts weighted layers that run in integers out of `weighted_layers`; `method`
-    names where the runtime was asked. Counts per block are totals over the number of blocks.
+    `integer_layers` counts weighted layers that run in integers out of `weighted_layers`,
+    `integer_weights` those whose weights lie in the artifact as integers, whatever they compute in;
+    `method` names where the runtime was asked. Counts per block are totals over the number of
+    blocks.
     """
 
     method: str
@@ -313,6 +393,7 @@ class Proof:
     transposes_per_block: float
     quantize_ops_per_block: float
     op_counts: dict[str, int]
+    integer_weights: int | None = None
 
 
 @_record
@@ -410,6 +491,9 @@ class Agreement:
     profile_b: Profile | None
     top1_agreement: Fraction
     max_abs_logit_diff: float
+    rms_logit_diff: float | None = None
+    placement_a: str | None = None
+    placement_b: str | None = None
 
 
 def to_json(record: object) -> bytes:

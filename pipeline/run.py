@@ -24,15 +24,18 @@ from pipeline.distributed import ranks_here
 from pipeline.errors import ArtifactError, UsageError
 from pipeline.locate import locate
 from pipeline.measure import Timing, Verification
+from pipeline.placements import widest
 from pipeline.recipe import NONE, Recipe
 from pipeline.records import (
     PROFILE_OF_ISA,
     SCHEMES,
     Artifact,
+    Calibration,
     Checkpoint,
     Export,
     Preprocessing,
     Proof,
+    Wanted,
 )
 from pipeline.sidecar import DEFAULT_INPUT_SIZE, GEOMETRY, read_sidecar
 from pipeline.stages import Done, Stages
@@ -41,7 +44,7 @@ from pipeline.worker import end_all
 from reports import assemble, document
 from reports.document import REPORT
 from targets import base
-from targets.base import check_expressible
+from targets.base import check_expressible, placement_of
 from targets.devices.local import available_cores, host_isa, isa_flags
 
 if TYPE_CHECKING:
@@ -251,11 +254,23 @@ class _Run:
         return Export(
             runtime=target.name,
             scheme=scheme,
-            placement=(self.recipe.placement or can.placements[0]) if quantized else NONE,
+            placement=placement_of(target, self.recipe.placement) if quantized else NONE,
             graph_form=can.graph_forms[0],
             gelu=can.gelu,
             profile=PROFILE_OF_ISA[isa] if quantized else None,
             batch=self.recipe.batch,
+        )
+
+    def _integers(self) -> Wanted:
+        """Say what the integers are made for: the widest placement of all artifacts."""
+        scheme = self.recipe.scheme
+        if scheme == "float":
+            return Wanted(calibration=Calibration(method="min-max"))  # no artifact will hold them
+        placements = {self._wanted(target, scheme).placement for target in self.targets}
+        return Wanted(
+            scheme=scheme,
+            placement=widest(placements),
+            calibration=self.recipe.calibration(),
         )
 
     # --- stages, in the order of the flow ------------------------------------------------------
@@ -302,21 +317,24 @@ class _Run:
         )
 
     def _quantize(self, loaded: Done, checkpoint: Checkpoint, data: Data, calibrated: Done) -> Path:
-        how = asdict(self.preprocessing)
+        how, wanted = asdict(self.preprocessing), asdict(self._integers())
         parents = {"checkpoint": checkpoint.sha256, "calibration": data.calibration.source.sha256}
         inputs = {**parents, "loaded": loaded.folder.name}
+        statistics = calibrated.folder / calibrated.value["statistics"]
         quantized = self.stages.do(
             Stage(
                 name="quantize",
                 modules=("pipeline.quantize",),
-                inputs={**inputs, "ranges": sha256_file(calibrated.folder / "ranges.json")},
-                settings={"preprocessing": how, "labels": checkpoint.labels},
-                libraries=("torch", "numpy"),
+                inputs={**inputs, "statistics": sha256_file(statistics)},
+                settings={"preprocessing": how, "labels": checkpoint.labels, "wanted": wanted},
+                libraries=("torch", "numpy", "pillow"),
             ),
             "pipeline.quantize:quantize_stage",
             model=str(loaded.folder),
-            ranges=str(calibrated.folder / "ranges.json"),
+            statistics=str(statistics),
+            selection=asdict(data.calibration.selection),
             preprocessing=how,
+            wanted=wanted,
             parents=parents,
         )
         if publish(quantized.folder, self.out / MODEL, MODEL_FILES):

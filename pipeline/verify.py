@@ -267,4 +267,7 @@ def agreement(
         profile_b=theirs.profile,
         top1_agreement=float((x.argmax(axis=1) == y.argmax(axis=1)).mean()),
         max_abs_logit_diff=float(np.abs(x - y).max()),
+        rms_logit_diff=float(np.sqrt(np.square(x.astype(np.float64) - y).mean())),
+        placement_a=ours.placement,
+        placement_b=theirs.placement,
     )

@@ -7,23 +7,33 @@ from __future__ import annotations
 
 import platform
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from pipeline.store import library_versions
 from reports.document import (
     ArtifactRow,
+    Calibration,
     Data,
     FloatResult,
     Gate,
     Host,
     Model,
     Report,
+    Site,
 )
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from pipeline.records import Accuracy, Agreement, Artifact, Checkpoint, Latency
+    from pipeline.records import (
+        Accuracy,
+        Agreement,
+        Artifact,
+        Checkpoint,
+        Latency,
+        QuantizedModel,
+    )
     from targets.base import DeviceInfo
 
 BASE = ("convnext-edge", "torch", "numpy")
@@ -78,6 +88,37 @@ def artifact_row(artifact: Artifact, accuracy: Accuracy, latency: Sequence[Laten
     )
 
 
+def calibration(quantized: QuantizedModel, *, sample: int | None = None) -> Calibration | None:
+    """Lay out what the calibration chose at every site.
+
+    Args:
+        quantized: What it left.
+        sample: How many images the choices were tried on, where that is known.
+
+    Returns:
+        The sites in network order; None where no activation is quantized beforehand.
+    """
+    sites = tuple(
+        Site(
+            site=name,
+            role=name.rpartition(".")[2],
+            **asdict(found),
+            **asdict(quantized.sites[name]),
+        )
+        for name, found in quantized.chosen.items()
+    )
+    if not sites:
+        return None
+    return Calibration(
+        settings=asdict(quantized.calibration),
+        scheme=quantized.scheme,
+        placement=quantized.placement,
+        float_layers=quantized.float_layers,
+        sample=sample,
+        sites=sites,
+    )
+
+
 def report(
     *,
     local: DeviceInfo,
@@ -87,6 +128,7 @@ def report(
     float_result: FloatResult,
     artifacts: Sequence[ArtifactRow],
     agreement: Sequence[Agreement],
+    calibration: Calibration | None = None,
 ) -> Report:
     """Put the document together; the gate is still not_run."""
     return Report(
@@ -97,4 +139,5 @@ def report(
         artifacts=tuple(artifacts),
         agreement=tuple(agreement),
         gate=Gate(outcome="not_run", checks=()),
+        calibration=calibration,
     )

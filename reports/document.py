@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ArtifactError
-from pipeline.records import Accuracy, Agreement, Latency, Profile, Proof, Scheme
+from pipeline.records import (
+    Accuracy,
+    Agreement,
+    Fraction,
+    Latency,
+    Profile,
+    Proof,
+    RangeMethod,
+    Scheme,
+)
 from pipeline.store import write_atomic
 
 if TYPE_CHECKING:
@@ -120,6 +129,46 @@ class Gate(_Model):
     checks: tuple[Check, ...]
 
 
+class Site(_Model):
+    """One place where activations are quantized, and what the calibration chose there.
+
+    The fields are those of `pipeline.records.SiteCalibration` and `Quantization`. `sqnr_db` is
+    taken behind what reads the site, with this site alone quantized; `plain_sqnr_db` is the same
+    with the plain grid: min-max, not rescaled. A spread is the widest channel's range over the
+    median channel's.
+    """
+
+    site: str
+    role: str
+    range_method: RangeMethod
+    strength: Fraction
+    minimum: float
+    maximum: float
+    clipped: Fraction
+    spread_before: float
+    spread_after: float
+    sqnr_db: float
+    plain_sqnr_db: float
+    scale: float
+    zero_point: int
+    bits: int
+
+
+class Calibration(_Model):
+    """How the grids of the activations were chosen, and which.
+
+    `settings` has the fields of `pipeline.records.Calibration`; `sample` counts the images that
+    the choices were tried on; `sites` is in network order.
+    """
+
+    settings: dict[str, Any]
+    scheme: Scheme
+    placement: str
+    float_layers: tuple[str, ...] = ()
+    sample: int | None = None
+    sites: Annotated[tuple[Site, ...], Field(min_length=1)]
+
+
 class Report(_Model):
     """The whole document."""
 
@@ -131,6 +180,9 @@ class Report(_Model):
     artifacts: tuple[ArtifactRow, ...]
     agreement: tuple[Agreement, ...]
     gate: Gate
+    calibration: Annotated[
+        Calibration | None, Field(description="null where no activation is quantized beforehand")
+    ] = None
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
 

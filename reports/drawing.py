@@ -34,9 +34,10 @@ LONGEST_LABEL = 32
 RUNTIMES = ("onnx", "openvino", "tflite", "coreml", "reference")
 SHAPES = ("o", "s", "^", "D", "v", "P", "X", "p")
 INK, MUTED, LINE, HEAT, CARD = "#010203", "#010204", "#010205", "#010206", "#010207"
-_VARIABLES = {INK: "ink", MUTED: "muted", LINE: "line", HEAT: "heat", CARD: "card"} | {
-    f"#0102a{slot}": f"r{slot}" for slot in range(len(SHAPES))
-}
+BAD = "#010208"
+_VARIABLES = {
+    INK: "ink", MUTED: "muted", LINE: "line", HEAT: "heat", CARD: "card", BAD: "bad"
+} | {f"#0102a{slot}": f"r{slot}" for slot in range(len(SHAPES))}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,12 +83,12 @@ def draw_bars(groups: Sequence[Group], name: str) -> str | None:
         return None
     step = 60.0
     figure = new_figure(step * len(groups) - 8.5)
-    axes = _plain_axes(figure)
+    axes = plain_axes(figure)
     scale = (WIDTH - VALUE_ROOM - 2) / longest
     for index, group in enumerate(groups):
         top, colour = index * step, colour_of(group.runtime)
-        _write(axes, 0, top + 11.0, group.label, size=TEXT)
-        _write(axes, WIDTH, top + 11.0, group.factor, size=TEXT, ha="right")
+        write(axes, 0, top + 11.0, group.label, size=TEXT)
+        write(axes, WIDTH, top + 11.0, group.factor, size=TEXT, ha="right")
         for offset, bar, face in ((18, group.hollow, CARD), (35, group.filled, colour)):
             _draw_bar(axes, bar, top + offset, scale, colour=colour, face=face)
     return to_svg(figure, name)
@@ -111,7 +112,7 @@ def _draw_bar(axes: Axes, bar: Bar, top: float, scale: float, *, colour: str, fa
             axes.plot([at, at], [top - 1.5, top + height + 1.5], color=INK, lw=1.8)
             end = max(end, at)
     ink = INK if bar.value is not None else MUTED
-    _write(axes, end + 6 * bool(end), top + 10.5, bar.text, colour=ink)
+    write(axes, end + 6 * bool(end), top + 10.5, bar.text, colour=ink)
 
 
 def draw_matrix(
@@ -131,7 +132,7 @@ def draw_matrix(
     width = min((WIDTH - left) / len(columns), 94.0)
     height = min(max(width * 0.62, 30.0), 50.0)
     figure = new_figure(height * len(rows) + foot)
-    axes = _plain_axes(figure)
+    axes = plain_axes(figure)
     for i, row in enumerate(rows):
         _write_lines(axes, left - 8, (i + 0.5) * height, row, ha="right", longest=12)
         for j, column in enumerate(columns[: i + 1]):
@@ -143,7 +144,7 @@ def draw_matrix(
             text = "—" if value is None else f"{value * 100:.2f}"
             # Five digits wide at most, so numbers in narrow columns keep apart.
             size = min(TEXT, width / 3.2)
-            _write(axes, x + width / 2, y + height / 2 + 4, text, size=size, ha="center")
+            write(axes, x + width / 2, y + height / 2 + 4, text, size=size, ha="center")
     for j, column in enumerate(columns):
         middle = left + (j + 0.5) * width
         below = height * len(rows) + foot / 2 + 2
@@ -156,14 +157,15 @@ def colour_of(runtime: str) -> str:
     return f"#0102a{slot_of(runtime)}"
 
 
-def new_figure(height: float) -> Figure:
-    """Return an empty figure of the common width; units are those of the SVG."""
-    figure = Figure(figsize=(WIDTH / 72, height / 72), dpi=72)
+def new_figure(height: float, width: float = WIDTH) -> Figure:
+    """Return an empty figure, of the common width if not told; units are those of the SVG."""
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
     figure.patch.set_visible(False)
     return figure
 
 
-def _plain_axes(figure: Figure) -> Axes:
+def plain_axes(figure: Figure) -> Axes:
+    """Return axes that cover a figure, in the SVG's units, y downwards."""
     axes = figure.add_axes((0, 0, 1, 1))
     width, height = figure.get_size_inches() * 72
     axes.set_xlim(0, width)
@@ -172,7 +174,7 @@ def _plain_axes(figure: Figure) -> Axes:
     return axes
 
 
-def _write(
+def write(
     axes: Axes,
     x: float,
     y: float,
@@ -182,11 +184,16 @@ def _write(
     colour: str = INK,
     ha: Literal["left", "center", "right"] = "left",
     longest: int = LONGEST_LABEL,
+    bold: bool = False,
 ) -> None:
+    """Write one line of text, cut where it is longer than `longest` characters."""
     # Names come from users: no mathematics between dollar signs, no control characters.
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     line = line if len(line) <= longest else f"{line[: longest - 1]}…"
-    axes.text(x, y, line, size=size, color=colour, ha=ha, va="baseline", parse_math=False)
+    weight = "bold" if bold else "normal"
+    axes.text(
+        x, y, line, size=size, color=colour, ha=ha, va="baseline", weight=weight, parse_math=False
+    )
 
 
 def _write_lines(
@@ -197,7 +204,7 @@ def _write_lines(
     for index, line in enumerate(lines):
         shift = 3.5 + 12.5 * (index - (len(lines) - 1) / 2)
         colour = MUTED if index else INK
-        _write(axes, x, y + shift, line, ha=ha, colour=colour, longest=longest)
+        write(axes, x, y + shift, line, ha=ha, colour=colour, longest=longest)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A report as pages: one for people to look at, and one per device to keep in a repository.
 
-In: a `Report`. Out: index.html, which stands alone (no script, no network, no other file), and a
-Markdown page per device. Every number is the report's own; a missing one is a dash, with its
+In: a `Report`. Out: index.html and, where there is a calibration, calibration.html, each of which
+stands alone (no script, no network, no other file), and a Markdown page per device. Every number is the report's own; a missing one is a dash, with its
 reason where the report has one.
 """
 
@@ -17,19 +17,24 @@ import jinja2
 from pipeline.statistics import MINIMUM_SAMPLES
 from pipeline.store import write_atomic
 from reports.charts import draw_charts, milliseconds
+from reports.culprits import MARGIN_DB, culprits, median_db, sentences, worst_first
 from reports.drawing import slot_of
 from reports.pairs import pair_up, tell_apart
+from reports.sitechart import beyond, draw_sites
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
     from pipeline.records import Latency
-    from reports.document import ArtifactRow, Report
+    from reports.document import ArtifactRow, Calibration, Report
 
-INDEX = "index.html"
+INDEX, CALIBRATION = "index.html", "calibration.html"
 CONTENTION = 1.3
 """Wall over CPU time at one thread above which something else had the processor."""
+
+SMALLEST_SHARE = 1e-4
+"""Written as it is; what is less is only said to be less."""
 
 _DASH = "—"
 _LONGEST_NAME = 80
@@ -73,6 +78,8 @@ def write_pages(report: Report, folder: Path) -> list[Path]:
         OutputError: The folder cannot be written.
     """
     pages = {INDEX: _index(report)}
+    if report.calibration is not None:
+        pages[CALIBRATION] = _calibration_page(report, report.calibration)
     timings = list_timings(report)
     for device, name in file_names(dict.fromkeys(t.latency.device for t in timings)).items():
         ours = tuple(timing for timing in timings if timing.latency.device == device)
@@ -178,6 +185,27 @@ def _index(report: Report) -> str:
         timings=list_timings(report),
         gaps=list_gaps(report),
         detail=functools.partial(tell_apart, report.artifacts),
+        calibration_says=sentences(report.calibration) if report.calibration else (),
+        calibration_page=CALIBRATION,
+    )
+
+
+def _calibration_page(report: Report, calibration: Calibration) -> str:
+    sites = calibration.sites
+    wide, narrow = draw_sites(calibration)
+    places = {site.site: place for place, site in enumerate(sites, start=1)}
+    page = _environment().get_template("calibration.html.j2")
+    return page.render(
+        report=report,
+        calibration=calibration,
+        sentences=sentences(calibration),
+        median=median_db(sites),
+        margin=MARGIN_DB,
+        culprits=culprits(sites),
+        beyond=beyond(sites),
+        wide=_verbatim(wide),
+        narrow=_verbatim(narrow),
+        rows=[(site, places[site.site]) for site in worst_first(sites)],
     )
 
 
@@ -216,6 +244,8 @@ def _environment(*, markdown: bool = False) -> jinja2.Environment:
         "mb": lambda value: _number(value, 1e-6, 1, " MB"),
         "times": lambda value: _number(value, 1, 2, "×"),
         "plain": lambda value: _DASH if value is None else f"{value:.6g}",
+        "share": share,
+        "word": _word,
         "human": _human,
         "count": lambda value: _DASH if value is None else f"{value:,}",
         "slot": slot_of,
@@ -232,6 +262,17 @@ def escape_markdown(value: object) -> str:
     text = re.sub(r"([\\`*\[\]|~])", r"\\\1", text)
     # Inside a word an underscore is only itself.
     return _Verbatim(re.sub(r"(?<!\w)_|_(?!\w)", r"\\_", text))
+
+
+def share(value: float) -> str:
+    """Write a share of values in per cent; one that is small but not zero never looks like zero."""
+    if 0 < value < SMALLEST_SHARE:
+        return f"<{SMALLEST_SHARE * 100:g} %"
+    return f"{value * 100:.2f} %"
+
+
+def _word(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
 def _number(value: float | None, factor: float, digits: int, unit: str) -> str:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from pipeline.errors import MissingRuntimeError, UsageError
-from pipeline.records import SCHEMES, Layer
+from pipeline.placements import PLACEMENTS
+from pipeline.records import Layer
 from pipeline.store import library_versions
 
 if TYPE_CHECKING:
@@ -33,13 +34,6 @@ if TYPE_CHECKING:
 
 INPUT_NAME, OUTPUT_NAME, METADATA_KEY = "image", "logits", "convnext_edge"
 
-PLACEMENTS: dict[str, frozenset[Layer]] = {
-    "pointwise": frozenset({Layer.PW1, Layer.PW2}),
-    "all": frozenset(Layer),
-}
-"""A placement names the layers that run in integers; which sites carry Q/DQ follows from it:
-every input of such a layer, and its output where the runtime's kernel writes integers."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
@@ -54,9 +48,8 @@ class Capabilities:
         placements: Placements it can express; the first is the default.
         graph_forms: Forms it can emit; the first is the default.
         gelu: The form of GELU it emits: tanh or erf.
-        integer_outputs: Layers whose integer kernel writes integers, so that their output is a
-            site too.
         float_layers: Layers that stay float whatever the placement, with the reason.
+        unsupported_schemes: Schemes it cannot express, with the reason.
         default_isa: The ISA an artifact is made for when none is asked; None is this host's.
     """
 
@@ -64,12 +57,12 @@ class Capabilities:
     layout: str
     extra: str
     distributions: tuple[str, ...]
-    schemes: tuple[Scheme, ...] = SCHEMES
-    placements: tuple[str, ...] = ("pointwise", "all")
+    schemes: tuple[Scheme, ...] = ("float", "w8a8", "w4a8")
+    placements: tuple[str, ...] = tuple(PLACEMENTS)
     graph_forms: tuple[str, ...]
     gelu: Literal["tanh", "erf"]
-    integer_outputs: frozenset[Layer] = frozenset()
     float_layers: Mapping[Layer, str] = field(default_factory=dict)
+    unsupported_schemes: Mapping[Scheme, str] = field(default_factory=dict)
     default_isa: Isa | None = None
 
 
@@ -224,11 +217,31 @@ def require_installed(wanted: Runtime) -> None:
         )
 
 
+def placement_of(known: Runtime, asked: str | None) -> str:
+    """Return the placement that a runtime takes.
+
+    Args:
+        known: The runtime.
+        asked: A placement, or None for the runtime's default.
+
+    Returns:
+        What was asked; where the runtime's kernels write integers and so cannot express
+        `pointwise`, the placement with the same layers that it can.
+    """
+    can = known.capabilities.placements
+    if asked is None:
+        return can[0]
+    if asked in PLACEMENTS and asked not in can:
+        layers = PLACEMENTS[asked].layers
+        return next((name for name in can if PLACEMENTS[name].layers == layers), asked)
+    return asked
+
+
 def check_expressible(wanted: Export, known: Runtime) -> None:
     """Check that a runtime can express an export.
 
     Raises:
-        UsageError: It cannot; the message lists what it can.
+        UsageError: It cannot; the message lists what it can, and says why where that is known.
     """
     can = known.capabilities
     quantized = wanted.scheme != "float"
@@ -238,8 +251,10 @@ def check_expressible(wanted: Export, known: Runtime) -> None:
         *((("placement", wanted.placement, can.placements),) if quantized else ()),
     ):
         if value not in allowed:
+            why = can.unsupported_schemes.get(wanted.scheme) if word == "scheme" else None
             raise UsageError(
-                f"runtime {known.name} does not express {word} {value}",
+                f"runtime {known.name} does not express {word} {value}"
+                + (f": {why}" if why else ""),
                 allowed=", ".join(allowed),
                 do=f"Choose another {word} or another runtime",
             )

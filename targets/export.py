@@ -25,7 +25,7 @@ from targets.base import (
     require_installed,
     runtime,
 )
-from targets.graph import build_graph
+from targets.translate import build_graph
 
 if TYPE_CHECKING:
     from pipeline.records import QuantizedModel
@@ -71,6 +71,13 @@ def export_stage(
             f"{proof.expected_integer_layers} that were written",
             allowed="every layer of the placement in integers",
             do="Use the runtime's version in constraints.txt, or report it: this is a bug",
+        )
+    if proof.integer_weights not in {None, graph.integer_layers}:
+        raise ArtifactError(
+            f"{path.name} holds {proof.integer_weights} layers' weights in integers, not the "
+            f"{graph.integer_layers} that were given",
+            allowed="every layer of the placement with integer weights",
+            do="Report it: this is a bug",
         )
     files = {item.name: sha256_file(item) for item in sorted(Path(folder).iterdir())}
     return {

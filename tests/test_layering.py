@@ -13,7 +13,13 @@ from pipeline.store import PACKAGES, imported_modules
 ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"pipeline.errors", "pipeline.records"},
-    {"pipeline.recipe", "pipeline.store", "pipeline.arithmetic", "pipeline.statistics"},
+    {
+        "pipeline.recipe",
+        "pipeline.store",
+        "pipeline.arithmetic",
+        "pipeline.statistics",
+        "pipeline.placements",
+    },
     {"pipeline.worker", "pipeline.locate"},
     {"pipeline.distributed", "pipeline.sidecar"},
     {"pipeline.convnext", "pipeline.pickled", "pipeline.tensorfile", "pipeline.dialects"},
@@ -36,7 +42,7 @@ LEVELS = (
     {"pipeline.stages"},
     {"pipeline.conclude", "pipeline.measure"},
     {"pipeline.run"},
-    {"pipeline.words"},
+    {"pipeline.words", "pipeline.explain"},
     {"pipeline.cli"},
 )
 """Each level imports from those before it and from itself."""

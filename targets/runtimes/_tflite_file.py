@@ -1,7 +1,8 @@
 """A TFLite file in the making: tensors, constants, operators, through LiteRT's own schema.
 
 In: tensors and operators one after another, named by the index that each call returns. Out: the
-file's bytes, with a signature and metadata. What a ConvNeXt looks like in it is `tflite`'s matter.
+file's bytes, with a signature and metadata; and such a file read again. What a ConvNeXt looks like
+in it is `tflite`'s matter.
 
 Source: tensorflow/compiler/mlir/lite/schema/schema.fbs, whose generated classes LiteRT ships.
 """
@@ -12,8 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.errors import ArtifactError
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -30,6 +34,23 @@ VERSIONS = {
     "PAD": 2,
 }
 """Op versions where they are above 1: those in which int8 and kept dimensions came in."""
+INT16_VERSIONS = {
+    "CONV_2D": 8,
+    "DEPTHWISE_CONV_2D": 5,
+    "FULLY_CONNECTED": 11,
+    "QUANTIZE": 2,
+    "DEQUANTIZE": 3,
+    "PAD": 3,
+}
+"""Where a tensor is int16; in a layer that is with a bias of a stated type."""
+PER_CHANNEL_VERSIONS = {
+    "CONV_2D": 5,
+    "DEPTHWISE_CONV_2D": 6,
+    "FULLY_CONNECTED": 12,
+    "DEQUANTIZE": 5,
+}
+"""Where int8 of one scale per channel becomes float32: in DEQUANTIZE, or in a layer that quantizes
+what it reads itself."""
 
 
 class TfliteFile:
@@ -47,26 +68,33 @@ class TfliteFile:
         self._buffers = [schema.BufferT()]
         self._tensors: list[Any] = []
         self._operators: list[Any] = []
-        self._codes: dict[str, int] = {}
+        self._codes: dict[tuple[str, int], int] = {}
 
     def tensor(self, name: str, shape: Sequence[int], kind: int | None = None) -> int:
         """Add what an operator writes; float32 unless another `TensorType` is given."""
         return self._tensor(name, shape, kind, 0, None)
 
-    def int8_tensor(self, name: str, shape: Sequence[int], parameters: Quantization) -> int:
-        """Add an int8 tensor with one scale and one zero point."""
+    def integer_tensor(self, name: str, shape: Sequence[int], parameters: Quantization) -> int:
+        """Add an int8 or int16 tensor with one scale and one zero point."""
         quantization = self.schema.QuantizationParametersT()
         quantization.scale = np.array([parameters.scale], np.float32)
         quantization.zeroPoint = np.array([parameters.zero_point], np.int64)
-        return self._tensor(name, shape, self.schema.TensorType.INT8, 0, quantization)
+        kind = getattr(self.schema.TensorType, f"INT{parameters.bits}")
+        return self._tensor(name, shape, kind, 0, quantization)
+
+    def dequantized(self, name: str, constant: int) -> int:
+        """Add what DEQUANTIZE makes of a constant; a runtime does that once, when it loads."""
+        out = self._tensor(name, self._tensors[constant].shape, None, 0, None)
+        self._tensors[out].shapeSignature = None
+        self.operator("DEQUANTIZE", [constant], [out], self.options("DequantizeOptions"))
+        return out
 
     def constant(
         self, name: str, value: NDArray[Any] | np.generic, quantization: Any = None
     ) -> int:
-        """Add a constant: float32, int8 or int32, with `per_channel` parameters or none."""
-        types = {"float32": "FLOAT32", "int8": "INT8", "int32": "INT32"}
+        """Add a constant: float32 or integers, with `per_channel` parameters or none."""
         array = np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value)
-        kind = getattr(self.schema.TensorType, types[array.dtype.name])
+        kind = getattr(self.schema.TensorType, array.dtype.name.upper())
         data = np.frombuffer(array.tobytes(), np.uint8)
         return self._tensor(name, array.shape, kind, self._buffer(data), quantization)
 
@@ -88,7 +116,8 @@ class TfliteFile:
     def operator(self, kind: str, inputs: list[int], outputs: list[int], options: Any) -> None:
         """Add an operator behind those before it."""
         op = self.schema.OperatorT()
-        op.opcodeIndex = self._codes.setdefault(kind, len(self._codes))
+        code = kind, self._version(kind, [self._tensors[i] for i in (*inputs, *outputs)])
+        op.opcodeIndex = self._codes.setdefault(code, len(self._codes))
         op.inputs, op.outputs = inputs, outputs
         if options is not None:
             op.builtinOptions = options
@@ -121,7 +150,7 @@ class TfliteFile:
         model = schema.ModelT()
         model.version, model.description = SCHEMA_VERSION, "convnext-edge"
         model.subgraphs = [subgraph]
-        model.operatorCodes = [self._code(kind) for kind in self._codes]
+        model.operatorCodes = [self._code(*code) for code in self._codes]
         model.signatureDefs = [self._signature(inputs, outputs)]
         model.metadata = [self._metadata(name, value) for name, value in metadata.items()]
         model.buffers = self._buffers
@@ -147,11 +176,19 @@ class TfliteFile:
         self._buffers.append(buffer)
         return len(self._buffers) - 1
 
-    def _code(self, kind: str) -> Any:
+    def _version(self, kind: str, tensors: Sequence[Any]) -> int:
+        types, known = [tensor.type for tensor in tensors], self.schema.TensorType
+        if known.INT16 in types:
+            return INT16_VERSIONS[kind]
+        if known.INT8 in types and types[-1] == known.FLOAT32 and _per_channel(tensors):
+            return PER_CHANNEL_VERSIONS[kind]
+        return VERSIONS.get(kind, 1)
+
+    def _code(self, kind: str, version: int) -> Any:
         code = self.schema.OperatorCodeT()
         code.builtinCode = getattr(self.schema.BuiltinOperator, kind)
         code.deprecatedBuiltinCode = min(code.builtinCode, 127)
-        code.version = VERSIONS.get(kind, 1)
+        code.version = version
         return code
 
     def _signature(self, inputs: Mapping[str, int], outputs: Mapping[str, int]) -> Any:
@@ -171,3 +208,32 @@ class TfliteFile:
         entry.name = name
         entry.buffer = self._buffer(np.frombuffer(value, np.uint8))
         return entry
+
+
+def _per_channel(tensors: Sequence[Any]) -> bool:
+    return any(t.quantization is not None and len(t.quantization.scale) > 1 for t in tensors)
+
+
+def load(path: Path) -> Any:
+    """Read a file into the schema's own classes.
+
+    Raises:
+        ArtifactError: It is not a TFLite file.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+
+    try:
+        data = path.read_bytes()
+        assert data[4:8] == IDENTIFIER, "no TFLite identifier"
+        return schema.ModelT.InitFromPackedBuf(data)
+    except Exception as error:  # flatbuffers reads out of bounds in as many ways as there are bytes
+        raise not_tflite(path, error) from error
+
+
+def not_tflite(path: Path, error: Exception) -> ArtifactError:
+    """Return the error that says so."""
+    return ArtifactError(
+        f"{path} is not a TFLite file ({type(error).__name__})",
+        allowed="an artifact that `convnext-edge export` wrote",
+        do="Export it again",
+    )

@@ -25,6 +25,7 @@ from targets.base import (
     NotRun,
     require_installed,
 )
+from targets.runtimes._counts import computing_layers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,8 +48,13 @@ class CoreMl:
         layout="NCHW",
         extra="coreml",
         distributions=("coremltools",),
+        schemes=("float", "w8a8", "w4a8", "w8"),
         graph_forms=("1x1 convolution",),
         gelu="erf",
+        unsupported_schemes={
+            "w8a16": "CoreML's quantize writes 8 bits",
+            "w8a8-dynamic": "CoreML has no op that finds an activation's scale when it runs",
+        },
         default_isa="arm",
     )
 
@@ -75,20 +81,21 @@ class CoreMl:
         def source(op: Any, argument: str) -> str | None:
             return made_by.get(op.inputs[argument].arguments[0].name)
 
-        integer = sum(
-            source(op, "weight") == WEIGHT_CONSTANT and source(op, "x") == "dequantize"
+        packed = [
+            op
             for op in operations
-            if op.type in WEIGHTED_OPS
-        )
+            if op.type in WEIGHTED_OPS and source(op, "weight") == WEIGHT_CONSTANT
+        ]
         return Proof(
             method="int8 constants and quantize ops of the saved program; what the Neural Engine"
             " makes of them shows on a Mac only",
-            integer_layers=integer,
-            expected_integer_layers=graph.integer_layers,
+            integer_layers=sum(source(op, "x") == "dequantize" for op in packed),
+            expected_integer_layers=computing_layers(graph),
             weighted_layers=len(graph.weighted),
             transposes_per_block=counts["transpose"] / graph.blocks,
             quantize_ops_per_block=sum(counts[name] for name in QUANTIZE_OPS) / graph.blocks,
             op_counts={name: n for name, n in sorted(counts.items()) if name != "const"},
+            integer_weights=len(packed),
         )
 
     def read_metadata(self, path: Path) -> str:
@@ -188,6 +195,9 @@ class _Emitter:
                 return self._response_norm(op, x[0], name)
             case g.Shift():
                 return mb.add(x=x[0], y=_per_channel(op.bias), name=name)
+            case g.Scale():
+                factor = op.weight.reshape(1, -1, *[1] * (len(op.shape) - 1))
+                return mb.mul(x=x[0], y=factor, name=name)
             case g.Gelu():
                 mode = "EXACT" if self.graph.export.gelu == "erf" else "TANH_APPROXIMATION"
                 return mb.gelu(x=x[0], mode=mode, name=name)

@@ -4,6 +4,14 @@ In: a `Graph`. Out: one .onnx file (opset 20, external data never used). The for
 linear: LayerNorm, GELU and the pointwise layers work on rows of channels, so that onnxruntime fuses
 each dequantize-Gemm into one QGemm with float output; only convolutions see NCHW. Activations are
 uint8 (the contract's int8 + 128), which is what MLAS's u8 x s8 kernels take.
+
+Where no site says on which grid a linear layer reads (w8a8-dynamic), onnxruntime finds one for each
+inference and multiplies in integers: DynamicQuantizeLinear and MatMulInteger, which it fuses into
+one op. Its ConvInteger took 3 to 30 times as long as a float convolution, so convolutions compute
+in float there, as all layers do in w8; their weights lie in the file as int8 behind Cast and Mul.
+Onnxruntime folds those two when it loads the file. A DequantizeLinear it would not: it would keep
+a convolution out of its blocked layout, and turn a Gemm into a MatMulNBits that quantizes
+activations unasked.
 """
 
 from __future__ import annotations
@@ -15,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import ArtifactError
-from pipeline.records import Layer, Proof
+from pipeline.arithmetic import along_rows
+from pipeline.records import Proof
 from targets import graph as g
 from targets.base import (
     INPUT_NAME,
@@ -26,9 +34,11 @@ from targets.base import (
     NotRun,
     require_installed,
 )
+from targets.runtimes._counts import computing_layers
+from targets.runtimes._onnx_file import integer_weights, load, session
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     import onnx
     from numpy.typing import NDArray
@@ -36,7 +46,17 @@ if TYPE_CHECKING:
     from targets.base import Image, Logits, Session
 
 OPSET, IR_VERSION = 20, 9
-INTEGER_OPS = ("QGemm", "QLinearConv", "QLinearMatMul", "MatMulIntegerToFloat", "ConvInteger")
+FLOAT = 1
+"""onnx.TensorProto.FLOAT."""
+INTEGER_OPS = (
+    "ConvInteger",
+    "DynamicQuantizeMatMul",
+    "MatMulInteger",
+    "MatMulIntegerToFloat",
+    "QGemm",
+    "QLinearConv",
+    "QLinearMatMul",
+)
 LAYOUT_OPS = ("Transpose", "ReorderInput", "ReorderOutput")
 QUANTIZE_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 
@@ -50,10 +70,12 @@ class OnnxRuntime:
         layout="NCHW",
         extra="onnx",
         distributions=("onnx", "onnxruntime"),
+        schemes=("float", "w8a8", "w4a8", "w8a8-dynamic", "w8"),
         graph_forms=("channels-last linear",),
         gelu="tanh",
-        # QLinearConv writes integers; QGemm writes float.
-        integer_outputs=frozenset({Layer.STEM, Layer.DEPTHWISE, Layer.DOWNSAMPLE}),
+        unsupported_schemes={
+            "w8a16": "onnxruntime has no kernel for 16-bit activations; it would compute in float"
+        },
     )
 
     def export(self, graph: g.Graph, path: Path, metadata: str) -> None:
@@ -69,21 +91,22 @@ class OnnxRuntime:
         """Count what onnxruntime executes after its own optimisation of the file."""
         with TemporaryDirectory() as folder:
             optimised = Path(folder) / "optimised.onnx"
-            _session(path, threads=1, optimised=optimised)
-            counts = Counter(node.op_type for node in _load(optimised).graph.node)
+            session(path, threads=1, optimised=optimised)
+            counts = Counter(node.op_type for node in load(optimised).graph.node)
         return Proof(
             method="op types of the graph that onnxruntime saves after its own optimisation",
             integer_layers=sum(counts[name] for name in INTEGER_OPS),
-            expected_integer_layers=graph.integer_layers,
+            expected_integer_layers=computing_layers(graph, {g.Linear}),
             weighted_layers=len(graph.weighted),
             transposes_per_block=sum(counts[name] for name in LAYOUT_OPS) / graph.blocks,
             quantize_ops_per_block=sum(counts[name] for name in QUANTIZE_OPS) / graph.blocks,
             op_counts=dict(sorted(counts.items())),
+            integer_weights=integer_weights(load(path)),
         )
 
     def read_metadata(self, path: Path) -> str:
         """Return this project's entry of the file's metadata_props."""
-        entries = {entry.key: entry.value for entry in _load(path).metadata_props}
+        entries = {entry.key: entry.value for entry in load(path).metadata_props}
         return str(entries.get(METADATA_KEY, ""))
 
     def can_run(self) -> NotRun | None:
@@ -93,61 +116,14 @@ class OnnxRuntime:
 
     def load(self, path: Path, threads: int) -> Session:
         """Return a session on the CPU provider."""
-        _load(path)  # refuses a damaged file and external data outside its folder
-        session = _session(path, threads=threads)
+        load(path)  # refuses a damaged file and external data outside its folder
+        running = session(path, threads=threads)
 
         def run(image: Image) -> Logits:
-            logits: Logits = session.run([OUTPUT_NAME], {INPUT_NAME: image})[0]
+            logits: Logits = running.run([OUTPUT_NAME], {INPUT_NAME: image})[0]
             return logits
 
         return run
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    import onnx
-
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError has no public home
-        raise ArtifactError(
-            f"{path} is not an ONNX file ({type(error).__name__})",
-            allowed="an artifact that `convnext-edge export` wrote",
-            do="Export it again",
-        ) from error
-    graphs = [model.graph, *model.functions]
-    if any(tensor.external_data for graph in graphs for tensor in _constants(graph)):
-        raise ArtifactError(
-            f"{path} refers to external data",
-            allowed="an ONNX file with its weights inside",
-            do="Export it again with this project",
-        )
-    return model
-
-
-def _constants(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
-    """Yield every constant, wherever a file can hide one that names another file."""
-    yield from getattr(graph, "initializer", ())
-    for sparse in getattr(graph, "sparse_initializer", ()):
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                yield from (sparse.values, sparse.indices)
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _constants(inner)
-
-
-def _session(path: Path, *, threads: int, optimised: Path | None = None) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    if optimised is not None:
-        options.optimized_model_filepath = str(optimised)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 class _Emitter:
@@ -204,6 +180,11 @@ class _Emitter:
                 bias = self._constant(f"{op.name}.bias", op.bias.reshape(-1, 1, 1))
                 source = self._as(op.inputs[0], "NCHW")
                 self._put(op, "NCHW", self._node("Add", [source, bias], op.name))
+            case g.Scale():
+                layout, source = next(iter(self.values[op.inputs[0]].items()))
+                shape = (-1, 1, 1) if layout == "NCHW" else (-1,)
+                weight = self._constant(f"{op.name}.weight", op.weight.reshape(shape))
+                self._put(op, layout, self._node("Mul", [source, weight], op.name))
             case g.Gelu():
                 self._map(op, "Gelu", approximate=self.graph.export.gelu.replace("erf", "none"))
             case g.Add():
@@ -233,8 +214,22 @@ class _Emitter:
 
     def _linear(self, op: g.Linear) -> None:
         source = self._as(op.inputs[0], "rows")
-        out = self._node("Gemm", [source, *self._weights(op, out_axis=1)], op.name)
+        if op.integers is not None and self.graph.export.scheme == "w8a8-dynamic":
+            out = self._dynamic_linear(op.name, source, op.integers)
+        else:
+            out = self._node("Gemm", [source, *self._weights(op, out_axis=1)], op.name)
         self._put(op, "rows", out)
+
+    def _dynamic_linear(self, name: str, source: str, layer: g.Integers) -> str:
+        x, scale, zero = (f"{name}.{what}" for what in ("x", "x.scale", "x.zero"))
+        self._nodes("DynamicQuantizeLinear", [source], [x, scale, zero])
+        weight = self._constant(f"{name}.weight.q", layer.weight.T)
+        scales = self._constant(f"{name}.weight.scale", layer.weight_scales)
+        total = self._node("MatMulInteger", [x, weight, zero], f"{name}.total")
+        value = self._node("Cast", [total], f"{name}.value", to=FLOAT)
+        step = self._node("Mul", [scale, scales], f"{name}.step")
+        product = self._node("Mul", [value, step], f"{name}.product")
+        return self._node("Add", [product, self._constant(f"{name}.bias", layer.bias)], name)
 
     def _weights(self, op: g.Weighted, *, out_axis: int) -> list[str]:
         """Emit weight and bias; the output channels of the stored weight lie on `out_axis`."""
@@ -243,10 +238,20 @@ class _Emitter:
             weight = self._constant(f"{op.name}.weight", turn(op.weight))
             return [weight, self._constant(f"{op.name}.bias", op.bias)]
         layer = op.integers
+        if layer.bias_scales is None:
+            bias = self._constant(f"{op.name}.bias", layer.bias)
+            return [self._unpacked(f"{op.name}.weight", turn(layer.weight), layer, out_axis), bias]
         weight = self._dequantize(
             f"{op.name}.weight", turn(layer.weight), layer.weight_scales, out_axis
         )
         return [weight, self._dequantize(f"{op.name}.bias", layer.bias, layer.bias_scales, 0)]
+
+    def _unpacked(self, name: str, q: NDArray[np.int8], layer: g.Integers, out_axis: int) -> str:
+        stored = self._constant(f"{name}.q", q)
+        along = np.moveaxis(along_rows(layer.weight_scales, q.ndim), 0, out_axis)
+        scales = self._constant(f"{name}.scale", along)
+        value = self._node("Cast", [stored], f"{name}.value", to=FLOAT)
+        return self._node("Mul", [value, scales], name)
 
     def _dequantize(
         self, name: str, q: NDArray[Any], scales: NDArray[np.float32], axis: int
@@ -328,10 +333,15 @@ class _Emitter:
         return name
 
     def _node(self, kind: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
+        self._nodes(kind, inputs, [output], **attributes)
+        return output
+
+    def _nodes(
+        self, kind: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any
+    ) -> None:
         from onnx import helper
 
-        self.nodes.append(helper.make_node(kind, list(inputs), [output], output, **attributes))
-        return output
+        self.nodes.append(helper.make_node(kind, inputs, outputs, outputs[0], **attributes))
 
 
 RUNTIME = OnnxRuntime()

@@ -3,7 +3,8 @@
 In: a `Graph`. Out: model.xml with model.bin beside it, NCHW. Pointwise layers are 1x1 convolutions,
 into whose integer kernels OpenVINO fuses the erf form of GELU; LayerNorm is an MVN over the channel
 axis, so nothing is ever transposed. Activations are FakeQuantize with 256 levels, weights int8
-constants behind Convert and Multiply.
+constants behind Convert and Multiply. In w8 nothing else is quantized, and
+OpenVINO computes in float.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from targets.base import (
     NotRun,
     require_installed,
 )
+from targets.runtimes._counts import computing_layers
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 
 INTEGER_PRECISIONS = ("i8", "u8")
 WEIGHTED_TYPES = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
+UNPACKING_TYPES = ("Convert", "Multiply")
 LAYOUT_TYPES = ("Transpose",)
 LEVELS = ACTIVATION_MAX - ACTIVATION_MIN + 1
 PARITY = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
@@ -48,8 +51,14 @@ class OpenVino:
         layout="NCHW",
         extra="openvino",
         distributions=("openvino",),
+        schemes=("float", "w8a8", "w4a8", "w8"),
         graph_forms=("1x1 convolution",),
         gelu="erf",
+        unsupported_schemes={
+            "w8a16": "OpenVINO has no kernel for 16-bit activations; it would compute in float",
+            "w8a8-dynamic": "OpenVINO quantizes activations itself in linear layers only, only on"
+            " some CPUs, and as a setting of the session: a file cannot ask for it",
+        },
     )
 
     def export(self, graph: g.Graph, path: Path, metadata: str) -> None:
@@ -73,11 +82,12 @@ class OpenVino:
         return Proof(
             method="runtimePrecision of layers in the model that OpenVINO compiled for this CPU",
             integer_layers=integer,
-            expected_integer_layers=graph.integer_layers,
+            expected_integer_layers=computing_layers(graph),
             weighted_layers=len(graph.weighted),
             transposes_per_block=sum(counts[name] for name in LAYOUT_TYPES) / graph.blocks,
             quantize_ops_per_block=counts["FakeQuantize"] / graph.blocks,
             op_counts=dict(sorted(counts.items())),
+            integer_weights=_integer_weights(_read(path)),
         )
 
     def read_metadata(self, path: Path) -> str:
@@ -116,6 +126,21 @@ def _read(path: Path) -> Any:
         ) from error
 
 
+def _integer_weights(model: Any) -> int:
+    """Count the layers whose weights lie in a model as int8 behind Convert and Multiply."""
+
+    def stored(node: Any) -> str:
+        while node.get_type_name() in UNPACKING_TYPES:
+            node = node.input_value(0).get_node()
+        return str(node.get_output_element_type(0).get_type_name())
+
+    return sum(
+        stored(node.input_value(1).get_node()) == "i8"
+        for node in model.get_ordered_ops()
+        if node.get_type_name() in WEIGHTED_TYPES
+    )
+
+
 def _compile(path: Path, *, threads: int) -> Any:
     import openvino
 
@@ -152,11 +177,12 @@ class _Emitter:
             case g.Input():
                 batch = -1 if self.graph.export.batch == "dynamic" else self.graph.export.batch
                 return ov.parameter([batch, *op.shape], np.float32, INPUT_NAME)
-            case g.Conv() if op.groups > 1:
-                shape = (op.groups, op.shape[0] // op.groups, *op.weight.shape[1:])
-                return self._conv(ov.group_convolution, op, x[0], shape, op.stride, op.padding)
             case g.Conv():
-                return self._conv(ov.convolution, op, x[0], op.weight.shape, op.stride, op.padding)
+                kind, shape = ov.convolution, op.weight.shape
+                if op.groups > 1:
+                    kind = ov.group_convolution
+                    shape = (op.groups, op.shape[0] // op.groups, *shape[1:])
+                return self._conv(kind, op, x[0], shape, op.stride, op.padding)
             case g.Linear(shape=(_, _, _)):
                 return self._conv(ov.convolution, op, x[0], (*op.weight.shape, 1, 1), 1, 0)
             case g.Linear():
@@ -168,6 +194,8 @@ class _Emitter:
                 return self._response_norm(op, x[0])
             case g.Shift():
                 return ov.add(x[0], _per_channel(op.bias))
+            case g.Scale():
+                return ov.multiply(x[0], along_rows(op.weight, len(op.shape)))
             case g.Gelu():
                 return ov.gelu(x[0], self.graph.export.gelu)
             case g.Add():
@@ -189,7 +217,8 @@ class _Emitter:
         y = ov.mvn(x, np.array([1]), True, op.eps, "inside_sqrt")
         if op.weight is None or op.bias is None:
             return y
-        return ov.add(ov.multiply(y, _per_channel(op.weight)), _per_channel(op.bias))
+        gamma, beta = (along_rows(values, len(op.shape)) for values in (op.weight, op.bias))
+        return ov.add(ov.multiply(y, gamma), beta)
 
     def _response_norm(self, op: g.ResponseNorm, x: Any) -> Any:
         ov = self.ov

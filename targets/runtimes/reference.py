@@ -3,6 +3,9 @@
 In: a `Graph`. Out: one .safetensors file with the quantized model and the export in its metadata.
 Every other runtime is held against this one: `evaluate` runs any runtime's graph, so that the same
 integers at the same sites can be compared.
+
+Where a runtime quantizes activations itself (w8a8-dynamic) the reference computes them in float:
+only the weights are the record's. In w8 that is all there is.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from safetensors.numpy import save_file
 
 from pipeline.arithmetic import dequantize, quantize
 from pipeline.errors import ArtifactError
-from pipeline.records import Export, Proof, QuantizedModel, to_json
+from pipeline.records import SCHEMES, Export, Proof, QuantizedModel, to_json
 from targets import graph as g
 from targets.base import METADATA_KEY, Capabilities, NotRun, require_installed
+from targets.runtimes._counts import computing_layers
+from targets.translate import build_graph
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +43,7 @@ class Reference:
         layout="NCHW",
         extra="reference",
         distributions=("torch",),
+        schemes=SCHEMES,
         graph_forms=("eager",),
         gelu="erf",
         default_isa="arm",
@@ -59,12 +65,13 @@ class Reference:
         kinds = [type(op).__name__ for op in read.ops]
         return Proof(
             method="operations of the graph, which torch evaluates one by one",
-            integer_layers=read.integer_layers,
-            expected_integer_layers=graph.integer_layers,
+            integer_layers=sum(_reads_integers(op, read) for op in read.weighted),
+            expected_integer_layers=computing_layers(graph),
             weighted_layers=len(graph.weighted),
             transposes_per_block=0.0,
             quantize_ops_per_block=len(graph.sites) / graph.blocks,
             op_counts={kind: kinds.count(kind) for kind in sorted(set(kinds))},
+            integer_weights=read.integer_layers,
         )
 
     def read_metadata(self, path: Path) -> str:
@@ -105,7 +112,11 @@ def _read(path: Path) -> g.Graph:
         export = TypeAdapter(Export).validate_json(metadata["export"])
     except (KeyError, ValidationError) as error:
         raise _not_an_artifact(path, error) from error
-    return g.build_graph(model, arrays, Reference.capabilities, export)
+    return build_graph(model, arrays, Reference.capabilities, export)
+
+
+def _reads_integers(op: g.Weighted, graph: g.Graph) -> bool:
+    return op.integers is not None and isinstance(graph[op.inputs[0]], g.QuantizePair)
 
 
 def _not_an_artifact(path: Path, error: Exception) -> ArtifactError:
@@ -155,6 +166,8 @@ def evaluate(graph: g.Graph, image: Image) -> Logits:
                 relative = response / (response.mean(dim=1, keepdim=True) + op.eps)
                 factor: torch.Tensor = 1 + relative * tensor(op.weight)[:, None, None]
                 return x[0] * factor
+            case g.Scale():
+                return x[0] * tensor(op.weight).reshape(1, -1, *[1] * (len(op.shape) - 1))
             case g.Shift():
                 return x[0] + tensor(op.bias)[:, None, None]
             case g.Add():

@@ -1,19 +1,24 @@
 """TFLite, written op by op.
 
 In: a `Graph`. Out: one .tflite file, channels last throughout and without a transpose. An integer
-layer reads and writes int8, so its output is a site too; GELU between two int8 sites is TFLite's
-int8 lookup. TFLite has no LayerNorm: it becomes seven float ops.
+layer reads and writes integers, so its output is a site too; GELU between two int8 sites is
+TFLite's int8 lookup, between int16 ones it is float, for it has no int16 kernel. TFLite has no
+LayerNorm: it becomes seven float ops.
+
+A layer with int8 weights whose input is float quantizes that itself when it runs (w8a8-dynamic). In
+w8 a DEQUANTIZE of its weights, which the runtime does once, makes it a float layer.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from math import floor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import ArtifactError
-from pipeline.records import Layer, Proof
+from pipeline.arithmetic import limits
+from pipeline.records import SCHEMES, Layer, Proof
 from targets import graph as g
 from targets.base import (
     INPUT_NAME,
@@ -23,7 +28,8 @@ from targets.base import (
     NotRun,
     require_installed,
 )
-from targets.runtimes._tflite_file import IDENTIFIER, TfliteFile
+from targets.runtimes._counts import computing_layers
+from targets.runtimes._tflite_file import TfliteFile, load, not_tflite
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,6 +40,9 @@ if TYPE_CHECKING:
     from targets.base import Image, Logits, Session
 
 WEIGHTED_OPS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+INT16 = 16
+GELU_MINIMUM = -0.171
+"""A little less than either form of GELU ever is."""
 QUANTIZE_OPS = ("QUANTIZE", "DEQUANTIZE")
 
 
@@ -46,9 +55,11 @@ class TfLite:
         layout="NHWC",
         extra="tflite",
         distributions=("ai-edge-litert",),
+        schemes=SCHEMES,
         graph_forms=("NHWC-native",),
         gelu="tanh",
-        integer_outputs=frozenset(set(Layer) - {Layer.HEAD}),
+        # Its integer kernels write integers.
+        placements=("pointwise-io", "all"),
         float_layers={Layer.HEAD: "an int8 head would round the logits to int8"},
         default_isa="arm",
     )
@@ -61,29 +72,35 @@ class TfLite:
         """Count ops and the types of their tensors in the file, which the runtime runs as it is."""
         from ai_edge_litert import schema_py_generated as schema
 
-        model = _load(path)
+        model = load(path)
         tensors = model.subgraphs[0].tensors
         names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
-        counts: Counter[str] = Counter()
-        integer = 0
+        int8, counts = schema.TensorType.INT8, Counter[str]()
+        unpacked, integer, packed = set[int](), 0, 0
         for op in model.subgraphs[0].operators:
             kind = names[model.operatorCodes[op.opcodeIndex].builtinCode]
             counts[kind] += 1
-            int8 = all(tensors[i].type == schema.TensorType.INT8 for i in op.inputs[:2])
-            integer += kind in WEIGHTED_OPS and int8
+            if kind == "DEQUANTIZE" and tensors[op.inputs[0]].buffer:
+                unpacked |= set(op.outputs) if tensors[op.inputs[0]].type == int8 else set()
+            elif kind in WEIGHTED_OPS:
+                # With int8 weights it computes in integers, whatever it reads.
+                integer += tensors[op.inputs[1]].type == int8
+                packed += op.inputs[1] in unpacked
+        quantizing = sum(counts[name] for name in QUANTIZE_OPS) - len(unpacked)
         return Proof(
             method="ops and tensor types of the file",
             integer_layers=integer,
-            expected_integer_layers=graph.integer_layers,
+            expected_integer_layers=computing_layers(graph, {g.Conv, g.Linear}),
             weighted_layers=len(graph.weighted),
             transposes_per_block=counts["TRANSPOSE"] / graph.blocks,
-            quantize_ops_per_block=sum(counts[name] for name in QUANTIZE_OPS) / graph.blocks,
+            quantize_ops_per_block=quantizing / graph.blocks,
             op_counts=dict(sorted(counts.items())),
+            integer_weights=integer + packed,
         )
 
     def read_metadata(self, path: Path) -> str:
         """Return this project's metadata buffer."""
-        model = _load(path)
+        model = load(path)
         for entry in model.metadata or []:
             if entry.name == METADATA_KEY.encode():
                 return bytes(model.buffers[entry.buffer].data).decode()
@@ -102,7 +119,7 @@ class TfLite:
             interpreter = Interpreter(model_path=str(path), num_threads=threads)
             runner = interpreter.get_signature_runner()
         except (ValueError, RuntimeError) as error:
-            raise _not_tflite(path, error) from error
+            raise not_tflite(path, error) from error
 
         def run(image: Image) -> Logits:
             nhwc = np.ascontiguousarray(image.transpose(0, 2, 3, 1))
@@ -112,27 +129,8 @@ class TfLite:
         return run
 
 
-def _load(path: Path) -> Any:
-    from ai_edge_litert import schema_py_generated as schema
-
-    try:
-        data = path.read_bytes()
-        assert data[4:8] == IDENTIFIER, "no TFLite identifier"
-        return schema.ModelT.InitFromPackedBuf(data)
-    except Exception as error:  # flatbuffers reads out of bounds in as many ways as there are bytes
-        raise _not_tflite(path, error) from error
-
-
-def _not_tflite(path: Path, error: Exception) -> ArtifactError:
-    return ArtifactError(
-        f"{path} is not a TFLite file ({type(error).__name__})",
-        allowed="an artifact that `convnext-edge export` wrote",
-        do="Export it again",
-    )
-
-
 class _Emitter:
-    """Walks the graph once; a value exists as float32, as int8, or both."""
+    """Walks the graph once; a value exists as float32, as integers, or both."""
 
     def __init__(self, graph: g.Graph) -> None:
         self.file = TfliteFile(dynamic_batch=graph.export.batch == "dynamic")
@@ -140,7 +138,7 @@ class _Emitter:
         self.graph = graph
         self.batch = 1 if graph.export.batch == "dynamic" else graph.export.batch
         self.floats: dict[str, int] = {}
-        self.int8s: dict[str, int] = {}
+        self.integers: dict[str, int] = {}
         self.parameters: dict[int, Quantization] = {}
 
     def model(self, metadata: str) -> bytes:
@@ -167,6 +165,9 @@ class _Emitter:
             case g.Shift():
                 bias = self.file.constant(f"{op.name}.bias", op.bias)
                 self._binary("ADD", op.name, self._float(op.inputs[0]), bias, op.shape)
+            case g.Scale():
+                factor = self.file.constant(f"{op.name}.weight", op.weight)
+                self._binary("MUL", op.name, self._float(op.inputs[0]), factor, op.shape)
             case g.Gelu():
                 self._gelu(op)
             case g.Add():
@@ -191,24 +192,55 @@ class _Emitter:
             self._float_op(kind, op.name, [source, weight, bias], op.shape, options)
             return
         layer, site = op.integers, self.graph.output_site(op)
-        assert site is not None, f"{op.name} writes integers and has no output site"
         weight = self.file.constant(
             f"{op.name}.weight",
             self._ohwi(op, layer.weight),
             self.file.per_channel(layer.weight_scales, weight_axis),
         )
+        if layer.bias_scales is None:
+            if self.graph.export.scheme == "w8":
+                weight = self.file.dequantized(f"{op.name}.weight.float", weight)
+            bias = self.file.constant(f"{op.name}.bias", layer.bias)
+            source = self._padded(op, self._float(op.inputs[0]))
+            self._float_op(kind, op.name, [source, weight, bias], op.shape, options)
+            return
+        assert site is not None, f"{op.name} writes integers and has no output site"
+        steps: NDArray[Any] = layer.bias
+        if site.parameters.bits == INT16:
+            steps = steps.astype(np.int32 if self._sums_in_int32(op, layer) else np.int64)
+            if kind != "DEPTHWISE_CONV_2D":
+                options.quantizedBiasType = getattr(
+                    self.schema.TensorType, steps.dtype.name.upper()
+                )
         bias = self.file.constant(
-            f"{op.name}.bias", layer.bias, self.file.per_channel(layer.bias_scales, 0)
+            f"{op.name}.bias", steps, self.file.per_channel(layer.bias_scales, 0)
         )
-        source = self._padded(op, self.int8s[op.inputs[0]])
-        out = self._int8_tensor(op.name, op.shape, site.parameters)
+        source = self._padded(op, self.integers[op.inputs[0]])
+        out = self._integer_tensor(op.name, op.shape, site.parameters)
         self.file.operator(kind, [source, weight, bias], [out], options)
-        self.int8s[op.name] = out
+        self.integers[op.name] = out
+
+    def _sums_in_int32(self, op: g.Conv | g.Linear, layer: g.Integers) -> bool:
+        """Return whether an int16 layer's sums fit whatever it reads.
+
+        With an int32 bias the kernels add in int32, unchecked; with an int64 one they take 25 times
+        as long. The depthwise kernel knows int64 only.
+        """
+        site = self.graph[op.inputs[0]]
+        assert isinstance(site, g.QuantizePair)
+        low, high = limits(site.parameters)
+        if isinstance(self.graph[site.inputs[0]], g.Gelu):
+            low = floor(GELU_MINIMUM / site.parameters.scale)
+        rows = layer.weight.reshape(len(layer.weight), -1).astype(np.int64)
+        up, down = rows.clip(0, None).sum(axis=1), -rows.clip(None, 0).sum(axis=1)
+        most = np.maximum(up * high - down * low, down * high - up * low)
+        fits: bool = (most + np.abs(layer.bias.astype(np.int64)) < 2**31).all()
+        return fits and not (isinstance(op, g.Conv) and op.groups > 1)
 
     def _padded(self, op: g.Conv | g.Linear, source: int) -> int:
         """Pad what a strided convolution reads: SAME would pad on the far side only.
 
-        An int8 PAD fills with the tensor's zero point, which stands for 0.
+        PAD fills integers with the tensor's zero point, which stands for 0.
         """
         if not _pads_by_itself(op):
             assert isinstance(op, g.Conv)
@@ -220,7 +252,7 @@ class _Emitter:
             out = (
                 self.file.tensor(f"{op.name}.padded", self._nhwc(grown))
                 if parameters is None
-                else self._int8_tensor(f"{op.name}.padded", grown, parameters)
+                else self._integer_tensor(f"{op.name}.padded", grown, parameters)
             )
             self.file.operator("PAD", [source, amount], [out], self.file.options("PadOptions"))
             return out
@@ -291,31 +323,31 @@ class _Emitter:
 
     def _gelu(self, op: g.Gelu) -> None:
         options = self.file.options("GeluOptions", approximate=self.graph.export.gelu == "tanh")
-        source, site = self.int8s.get(op.inputs[0]), self.graph.output_site(op)
-        if source is None or site is None:
+        source, site = self.integers.get(op.inputs[0]), self.graph.output_site(op)
+        if source is None or site is None or self.parameters[source].bits == INT16:
             self._float_op("GELU", op.name, [self._float(op.inputs[0])], op.shape, options)
             return
-        out = self._int8_tensor(op.name, op.shape, site.parameters)
+        out = self._integer_tensor(op.name, op.shape, site.parameters)
         self.file.operator("GELU", [source], [out], options)
-        self.int8s[op.name] = out
+        self.integers[op.name] = out
 
     def _quantize(self, op: g.QuantizePair) -> None:
         source = op.inputs[0]
-        if source in self.int8s and self.parameters[self.int8s[source]] == op.parameters:
-            self.int8s[op.name] = self.int8s[source]
+        if source in self.integers and self.parameters[self.integers[source]] == op.parameters:
+            self.integers[op.name] = self.integers[source]
             return
         # Of another grid, or of none yet: QUANTIZE takes both.
-        given = self.int8s[source] if source in self.int8s else self._float(source)
-        out = self._int8_tensor(op.name, op.shape, op.parameters)
+        given = self.integers[source] if source in self.integers else self._float(source)
+        out = self._integer_tensor(op.name, op.shape, op.parameters)
         self.file.operator("QUANTIZE", [given], [out], self.file.options("QuantizeOptions"))
-        self.int8s[op.name] = out
+        self.integers[op.name] = out
 
     def _float(self, name: str) -> int:
         """Return a value as float32, dequantized at most once."""
         if name not in self.floats:
             options = self.file.options("DequantizeOptions")
             shape = self.graph[name].shape
-            source = self.int8s[name]
+            source = self.integers[name]
             self._float_op("DEQUANTIZE", name, [source], shape, options)
         return self.floats[name]
 
@@ -338,8 +370,8 @@ class _Emitter:
     def _axes(self, *values: int) -> int:
         return self.file.constant(f"axes{values}", np.array(values, np.int32))
 
-    def _int8_tensor(self, name: str, shape: g.Shape, parameters: Quantization) -> int:
-        tensor = self.file.int8_tensor(f"{name}.q", self._nhwc(shape), parameters)
+    def _integer_tensor(self, name: str, shape: g.Shape, parameters: Quantization) -> int:
+        tensor = self.file.integer_tensor(f"{name}.q", self._nhwc(shape), parameters)
         self.parameters[tensor] = parameters
         return tensor
 

@@ -18,14 +18,16 @@ from pipeline.records import PROFILES, Profile, Quantization, Range
 FAST = settings(max_examples=150, deadline=None)
 
 values = st.floats(-1e6, 1e6, allow_nan=False, allow_subnormal=False)
-ranges = st.tuples(values, values).map(
-    lambda ends: Range(minimum=min(ends), maximum=max(ends), count=1)
-)
+ranges = st.tuples(values, values).map(lambda ends: Range(minimum=min(ends), maximum=max(ends)))
 profiles = st.sampled_from(PROFILES)
 input_scales = st.floats(2**-20, 2**10, width=32)
 rows = hnp.array_shapes(min_dims=2, max_dims=4, max_side=5)
 finite32 = st.floats(-1024, 1024, width=32)
 weights = hnp.arrays(np.float32, rows, elements=finite32)
+
+
+def grid(weight: NDArray[Any], profile: Profile) -> arithmetic.WeightGrid:
+    return arithmetic.weight_grid(weight.shape, profile, depthwise=False)
 
 
 def _bias_for(weight: NDArray[np.float32], magnitude: float) -> NDArray[np.float32]:
@@ -88,7 +90,7 @@ def test_uint8_is_int8_plus_128(observed: Range, shares: list[float]) -> None:
 
 @pytest.mark.parametrize("constant", [3.7, -3.7, 1e-3, -250.0])
 def test_a_constant_activation_survives(constant: float) -> None:
-    chosen = arithmetic.activation_quantization(Range(minimum=constant, maximum=constant, count=10))
+    chosen = arithmetic.activation_quantization(Range(minimum=constant, maximum=constant))
     back = arithmetic.dequantize(arithmetic.quantize(np.array([constant, 0.0]), chosen), chosen)
     assert back[0] == pytest.approx(constant, rel=1e-6)
     assert back[1] == 0.0
@@ -96,12 +98,12 @@ def test_a_constant_activation_survives(constant: float) -> None:
 
 @pytest.mark.parametrize("tiny", [0.0, 1e-30])
 def test_an_activation_that_is_always_zero_gets_scale_one(tiny: float) -> None:
-    chosen = arithmetic.activation_quantization(Range(minimum=0.0, maximum=tiny, count=1))
+    chosen = arithmetic.activation_quantization(Range(minimum=0.0, maximum=tiny))
     assert chosen == Quantization(scale=1.0, zero_point=0)
 
 
 def test_a_range_above_zero_is_widened_to_it() -> None:
-    chosen = arithmetic.activation_quantization(Range(minimum=10.0, maximum=25.5, count=1))
+    chosen = arithmetic.activation_quantization(Range(minimum=10.0, maximum=25.5))
     assert chosen.zero_point == -128
     assert chosen.scale == pytest.approx(0.1)
 
@@ -115,7 +117,7 @@ def test_rounding_is_half_to_even() -> None:
     assert shifted.tolist() == [1, 3, 3, 5, 1, -1, -1]
     row = np.array([[2.5, 3.5, -2.5, 127.0]], np.float32)
     scales = np.ones(1, np.float32)
-    assert arithmetic.quantize_weight(row, scales, "full").tolist() == [[2, 4, -2, 127]]
+    assert arithmetic.quantize_weight(row, scales, grid(row, "full")).tolist() == [[2, 4, -2, 127]]
     halves = np.array([0.5, 1.5, -2.5], np.float32)
     assert arithmetic.quantize_bias(halves, 1.0, np.ones(3, np.float32)).tolist() == [0, 2, -2]
 
@@ -140,8 +142,8 @@ def test_headroom_is_that_of_the_contract(
     profile: Profile, weight: list[list[float]], expected: list[list[int]]
 ) -> None:
     of = np.array(weight, np.float32)
-    scales = arithmetic.weight_scales(of, np.zeros(2, np.float32), 0.1, profile)
-    assert arithmetic.quantize_weight(of, scales, profile).tolist() == expected
+    scales = arithmetic.weight_scales(of, np.zeros(2, np.float32), 0.1, grid(of, profile))
+    assert arithmetic.quantize_weight(of, scales, grid(of, profile)).tolist() == expected
 
 
 def test_a_pair_gives_way_to_the_nearest_one_that_fits() -> None:
@@ -153,7 +155,7 @@ def test_a_pair_gives_way_to_the_nearest_one_that_fits() -> None:
     drawn = np.random.default_rng(0).integers(-508, 509, (500, 2)) / 4
     # Both of these halves come out a last bit too large, and would round up.
     drawn[0] = 119.34694646762286, 24.34694646762286
-    q = arithmetic.quantize_weight(drawn, np.ones(len(drawn), np.float32), "avx2")
+    q = arithmetic.quantize_weight(drawn, np.ones(len(drawn), np.float32), grid(drawn, "avx2"))
     for weight, chosen in zip(drawn, q.astype(float), strict=True):
         least = ((pairs - weight) ** 2).sum(axis=1).min()
         assert (pairs == chosen).all(axis=1).any()
@@ -163,8 +165,9 @@ def test_a_pair_gives_way_to_the_nearest_one_that_fits() -> None:
 def test_a_depthwise_layer_needs_no_headroom() -> None:
     weight = np.array([[[1.0, 1.0]], [[-2.0, -2.0]]], np.float32)
     bias = np.zeros(2, np.float32)
-    scales = arithmetic.weight_scales(weight, bias, 0.1, "avx2", depthwise=True)
-    q = arithmetic.quantize_weight(weight, scales, "avx2", depthwise=True)
+    of = arithmetic.weight_grid(weight.shape, "avx2", depthwise=True)
+    scales = arithmetic.weight_scales(weight, bias, 0.1, of)
+    q = arithmetic.quantize_weight(weight, scales, of)
     assert q.tolist() == [[[127, 127]], [[-127, -127]]]
 
 
@@ -179,8 +182,10 @@ def test_a_depthwise_layer_needs_no_headroom() -> None:
 def test_no_pair_overflows_and_less_is_lost_than_with_seven_bits(
     weight: NDArray[np.float32],
 ) -> None:
-    scales = arithmetic.weight_scales(weight, np.zeros(len(weight), np.float32), 1.0, "avx2")
-    q = arithmetic.quantize_weight(weight, scales, "avx2").astype(int)
+    scales = arithmetic.weight_scales(
+        weight, np.zeros(len(weight), np.float32), 1.0, grid(weight, "avx2")
+    )
+    q = arithmetic.quantize_weight(weight, scales, grid(weight, "avx2")).astype(int)
     pairs = q.reshape(len(q), -1, 2, weight.shape[2])
     worst = 255 * np.where(pairs > 0, pairs, 0).sum(axis=2), 255 * np.minimum(pairs, 0).sum(axis=2)
     assert worst[0].max() <= 32767
@@ -206,16 +211,17 @@ def test_weights_keep_to_their_profile(
     weight: NDArray[np.float32], magnitude: float, input_scale: float, profile: Profile
 ) -> None:
     bias = _bias_for(weight, magnitude)
-    scales = arithmetic.weight_scales(weight, bias, input_scale, profile)
-    q = arithmetic.quantize_weight(weight, scales, profile)
+    scales = arithmetic.weight_scales(weight, bias, input_scale, grid(weight, profile))
+    q = arithmetic.quantize_weight(weight, scales, grid(weight, profile))
     assert q.dtype == np.int8
     assert q.shape == weight.shape
-    room = arithmetic.headroom(weight.shape, profile, depthwise=False)
-    assert np.abs(q.astype(int)).max() <= (64 if room == "each" else 127)
+    of = grid(weight, profile)
+    assert of.limit == (64 if profile == "avx2" and weight.shape[1] % 2 else 127)
+    assert np.abs(q.astype(int)).max() <= of.limit
     error = np.abs(arithmetic.dequantize_weight(q, scales).astype(float) - weight)
     steps = error / arithmetic.along_rows(scales, weight.ndim)
     # Weights that count as zero are lost whole; all others by half a step, where no pair gives way.
-    if room != "pairs":
+    if not of.pairs:
         assert steps.max() <= 0.5 + 1e-4
 
 
@@ -225,7 +231,7 @@ def test_biases_stay_within_two_to_the_thirty(
     weight: NDArray[np.float32], magnitude: float, input_scale: float, profile: Profile
 ) -> None:
     bias = _bias_for(weight, magnitude)
-    scales = arithmetic.weight_scales(weight, bias, input_scale, profile)
+    scales = arithmetic.weight_scales(weight, bias, input_scale, grid(weight, profile))
     q = arithmetic.quantize_bias(bias, input_scale, scales)
     # Two roundings to float32: 2**30 * 2 * 2**-24.
     assert np.abs(q.astype(np.int64)).max() <= 2**30 + 2**8
@@ -240,10 +246,10 @@ def test_a_row_of_zeros_is_exact_and_keeps_its_bias(
     magnitude: float, input_scale: float, profile: Profile
 ) -> None:
     weight, bias = np.zeros((2, 3), np.float32), np.array([magnitude, 0.0], np.float32)
-    scales = arithmetic.weight_scales(weight, bias, input_scale, profile)
+    scales = arithmetic.weight_scales(weight, bias, input_scale, grid(weight, profile))
     assert scales[1] == 1.0
     assert (scales > 0).all()
-    q = arithmetic.quantize_weight(weight, scales, profile)
+    q = arithmetic.quantize_weight(weight, scales, grid(weight, profile))
     assert not arithmetic.dequantize_weight(q, scales).any()
     back = arithmetic.quantize_bias(bias, input_scale, scales) * arithmetic.bias_scales(
         input_scale, scales
@@ -256,13 +262,13 @@ def test_a_row_of_zeros_is_exact_and_keeps_its_bias(
 def test_a_large_bias_raises_its_own_scale_only() -> None:
     weight = np.full((2, 4), 1e-6, np.float32)
     bias = np.array([1000.0, 0.0], np.float32)
-    scales = arithmetic.weight_scales(weight, bias, 1e-3, "full")
+    scales = arithmetic.weight_scales(weight, bias, 1e-3, grid(weight, "full"))
     assert scales[0] == pytest.approx(1000 / (1e-3 * 2**30))
     assert scales[1] == pytest.approx(1e-6 / 127)
 
 
 def test_scales_are_per_output_channel() -> None:
     weight = np.array([[1.0, -1.0], [1e-3, 5e-4]], np.float32)
-    scales = arithmetic.weight_scales(weight, np.zeros(2, np.float32), 1.0, "full")
+    scales = arithmetic.weight_scales(weight, np.zeros(2, np.float32), 1.0, grid(weight, "full"))
     assert scales.dtype == np.float32
     assert scales.tolist() == pytest.approx([1 / 127, 1e-3 / 127])

@@ -12,13 +12,14 @@ import torch
 from calib.collect import collect
 from pipeline.convnext import Site, empty, seeded, variant
 from pipeline.fold import fold
-from pipeline.quantize import quantize
+from pipeline.quantize import Given, quantize
 from pipeline.records import Architecture, Export, Preprocessing, Scheme
-from pipeline.trace import inputs_of_layers
-from targets.base import Runtime, runtimes
+from pipeline.trace import structure, trace
+from targets.base import Runtime, placement_of, runtimes
 from targets.export import metadata
-from targets.graph import Graph, QuantizePair, ResponseNorm, build_graph
+from targets.graph import Graph, QuantizePair, ResponseNorm
 from targets.runtimes.reference import evaluate
+from targets.translate import build_graph
 
 SIZE = 64
 FEATURES: dict[str, dict[str, Any]] = {
@@ -61,13 +62,14 @@ def graph_of(feature: str, target: Runtime, scheme: Scheme, placement: str) -> G
     grey: dict[str, Any] = {"mean": (0.5,), "std": (0.25,)} if net.in_channels == 1 else {}
     how = Preprocessing(input_size=SIZE, **grey)
     folded = fold(seeded(net, 3), how)
-    ranges = collect(folded, [images(net.in_channels)])
-    record, arrays = quantize(folded, ranges, how, labels=None, parents={})
+    sample = images(net.in_channels)
+    given = Given(folded=folded, statistics=collect(folded, [sample]), sample=sample)
+    record, arrays = quantize(given, how, labels=None, parents={})
     can = target.capabilities
     export = Export(
         runtime=target.name,
         scheme=scheme,
-        placement=placement,
+        placement=placement_of(target, placement) if scheme != "float" else placement,
         graph_form=can.graph_forms[0],
         gelu=can.gelu,
         profile="avx2" if scheme == "w8a8" else None,
@@ -120,8 +122,8 @@ def test_grn_stays_float_and_what_follows_has_a_site_of_its_own(name: str) -> No
 @pytest.mark.parametrize("feature", FEATURES)
 def test_every_layer_reads_a_site(feature: str) -> None:
     model = empty(architecture(feature), folded=True)
-    modules = dict(model.named_modules())
-    reads = inputs_of_layers(model)
+    graph, modules = trace(model)
+    reads = structure(graph, modules).reads
     assert reads
     assert all(isinstance(modules[site], Site) for site in reads.values())
 

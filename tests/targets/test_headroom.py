@@ -16,13 +16,14 @@ import torch
 from calib.collect import collect
 from pipeline.convnext import layers, seeded
 from pipeline.fold import fold
-from pipeline.quantize import quantize
+from pipeline.quantize import Given, quantize
 from pipeline.records import PROFILE_OF_ISA, Architecture, Export, Preprocessing, Profile
 from targets.base import runtimes
 from targets.devices.local import host_isa
 from targets.export import metadata
-from targets.graph import Graph, build_graph
+from targets.graph import Graph
 from targets.runtimes.reference import evaluate
+from targets.translate import build_graph
 
 SIZE = 32
 NET = Architecture(depths=(1, 1), dims=(8, 16), classes=4)
@@ -41,7 +42,8 @@ def worst(profile: Profile, name: str) -> tuple[Graph, np.ndarray[Any, np.dtype[
     how = Preprocessing(input_size=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3)
     folded = fold(model, how)
     images = 255 * torch.randint(0, 2, (8, 3, SIZE, SIZE), generator=generator).float().numpy()
-    record, arrays = quantize(folded, collect(folded, [images]), how, labels=None, parents={})
+    given = Given(folded=folded, statistics=collect(folded, [images]), sample=images)
+    record, arrays = quantize(given, how, labels=None, parents={})
     can = runtimes()[name].capabilities
     export = Export(
         runtime=name,

@@ -15,7 +15,7 @@ from calib.preprocess import batches
 from pipeline import checkpoint
 from pipeline.fold import fold
 from pipeline.locate import locate
-from pipeline.quantize import quantize, write
+from pipeline.quantize import Given, quantize, write
 from pipeline.records import (
     PROFILE_OF_ISA,
     PROFILES,
@@ -27,11 +27,12 @@ from pipeline.records import (
 )
 from pipeline.run import EMBEDDED
 from pipeline.sidecar import read_sidecar
-from targets.base import Runtime, runtimes
+from targets.base import Runtime, placement_of, runtimes
 from targets.devices.local import host_isa
 from targets.export import metadata, read_metadata
-from targets.graph import Graph, Norm, Weighted, build_graph
+from targets.graph import Graph, Norm, Weighted
 from targets.runtimes.reference import evaluate
+from targets.translate import build_graph
 
 Quantized = tuple[QuantizedModel, dict[str, NDArray[Any]], NDArray[np.float32]]
 RUNTIMES = sorted(runtimes())
@@ -47,8 +48,9 @@ def quantized() -> Quantized:
     how = Preprocessing(**read_sidecar(locate(EMBEDDED)).preprocessing)
     folded = fold(checkpoint.build(loaded.record, loaded.tensors), how)
     train = open_images("digits", "calibration").sample(64, 0)
-    ranges = collect(folded, (pixels for _, pixels in batches(train, how, 16)))
-    record, arrays = quantize(folded, ranges, how, labels=loaded.record.labels, parents={})
+    sample = np.concatenate([pixels for _, pixels in batches(train, how, 16)])
+    given = Given(folded=folded, statistics=collect(folded, [sample]), sample=sample)
+    record, arrays = quantize(given, how, labels=loaded.record.labels, parents={})
     held_out = open_images("digits", "evaluation").sample(8, 0)
     _, images = next(batches(held_out, how, 8))
     return record, arrays, images
@@ -66,7 +68,7 @@ def graph_of(
     export = Export(
         runtime=target.name,
         scheme=scheme,
-        placement=placement,
+        placement=placement_of(target, placement) if scheme != "float" else placement,
         graph_form=can.graph_forms[0],
         gelu=can.gelu,
         profile=profile,

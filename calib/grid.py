@@ -1,0 +1,78 @@
+"""A site's grid with its channels rescaled, on torch tensors.
+
+In: the contract's `Quantization` and a `Rescaling`. Out: what a tensor becomes when it passes the
+site. Everything here speaks in the units of the folded network: rescaling is a property of the
+site, so nothing around it has to be rewritten to try one out.
+
+    x -> shift + scale * dequantize(quantize((x - shift) / scale))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from pipeline.arithmetic import limits
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.records import Quantization
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rescaling:
+    """Channel c is quantized as (x_c - shift_c) / scale_c: float32 (C,) each.
+
+    `strength` is how far it makes the channels' ranges equal: 0 leaves their proportions, 1 makes
+    them all one.
+    """
+
+    shift: Tensor
+    scale: Tensor
+    strength: float
+
+    @staticmethod
+    def identity(channels: int) -> Rescaling:
+        """Return the rescaling that changes nothing."""
+        return Rescaling(shift=torch.zeros(channels), scale=torch.ones(channels), strength=0.0)
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether it is the identity."""
+        return bool((self.shift == 0).all() and (self.scale == 1).all())
+
+    def apply(self, x: Tensor) -> Tensor:
+        """Map (N, C, ...) to the units that are quantized."""
+        return (x - along_channels(self.shift, x.ndim)) / along_channels(self.scale, x.ndim)
+
+    def undo(self, x: Tensor) -> Tensor:
+        """Map back."""
+        return x * along_channels(self.scale, x.ndim) + along_channels(self.shift, x.ndim)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteGrid:
+    """What a site does to a tensor."""
+
+    parameters: Quantization
+    rescaling: Rescaling
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Quantize and dequantize (N, C, ...)."""
+        return self.rescaling.undo(fake_quantize(self.rescaling.apply(x), self.parameters))
+
+
+def fake_quantize(x: Tensor, parameters: Quantization) -> Tensor:
+    """Return dequantize(quantize(x)) as `pipeline.arithmetic` defines it, in float32."""
+    low, high = limits(parameters)
+    return torch.fake_quantize_per_tensor_affine(
+        x, parameters.scale, parameters.zero_point, low, high
+    )
+
+
+def along_channels(values: Tensor, ndim: int) -> Tensor:
+    """Reshape (C,) so that it broadcasts along the second of `ndim` axes."""
+    return values.reshape(1, -1, *[1] * (ndim - 2))

@@ -1,0 +1,200 @@
+"""A layer's integers, chosen from what it reads.
+
+In: the float layer, the grid of the site it reads, and its inputs in float and as the quantized
+network delivers them. Out: an `IntegerLayer`: the contract's arrays, and the layer as the folded
+network sees it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from calib import rounding
+from pipeline.arithmetic import (
+    FEW_BITS,
+    bias_scales,
+    dequantize_weight,
+    quantize_bias,
+    quantize_weight,
+    weight_scales,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from calib.grid import Rescaling
+    from pipeline.arithmetic import WeightGrid
+    from pipeline.records import Rounding
+
+MOST_ROWS = 2**15
+"""Positions whose inputs make a Hessian or are looked at while rounding is learnt."""
+
+
+LEAST_IMPORTANCE = 1e-3
+"""Of the mean of a layer's inputs."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unrounded:
+    """A float layer in the units of the site it reads.
+
+    Attributes:
+        module: Its stride, padding and groups.
+        weight: W diag(s), float64 (out, in / groups, ...).
+        bias: b + W z, float64 (out,).
+        rescaling: Of the site.
+        input_scale: scale_x of the site; None where the layer reads floats.
+    """
+
+    module: nn.Conv2d | nn.Linear
+    weight: NDArray[np.float64]
+    bias: NDArray[np.float64]
+    rescaling: Rescaling
+    input_scale: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegerLayer:
+    """What a layer computes with: int8 weights, float32 scales per row, and its bias.
+
+    `bias` is int32 at scale_x * scale_w, or float where the layer reads floats.
+    """
+
+    of: Unrounded
+    weight: NDArray[np.int8]
+    scales: NDArray[np.float32]
+    bias: NDArray[Any]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply the layer to a site's output (N, in, ...) in the folded network's units."""
+        weight, bias = dequantize_weight(self.weight, self.scales), self.bias
+        if self.of.input_scale is not None:
+            bias = bias * bias_scales(self.of.input_scale, self.scales).astype(np.float64)
+        inputs = self.of.rescaling.apply(x)
+        return apply(self.of.module, inputs, torch.from_numpy(weight), torch.from_numpy(bias))
+
+    def corrected(self, error: NDArray[np.float64]) -> IntegerLayer:
+        """Return the layer with a mean error (out,) made up for in its bias."""
+        bias = self.of.bias + error
+        return replace(self, of=replace(self.of, bias=bias), bias=_bias(self.of, bias, self.scales))
+
+
+def unrounded(
+    module: nn.Conv2d | nn.Linear, rescaling: Rescaling, input_scale: float | None
+) -> Unrounded:
+    """Move a site's rescaling into the layer that reads it, in float64.
+
+    Args:
+        module: Of the folded network.
+        rescaling: Of the site. A depthwise layer's is the residual stream's, has no shift, and goes
+            into its rows.
+        input_scale: scale_x of the site, None where it is not quantized.
+    """
+    weight = module.weight.detach().double().numpy()
+    bias = np.zeros(len(weight)) if module.bias is None else module.bias.detach().double().numpy()
+    shift, scale = (v.double().numpy() for v in (rescaling.shift, rescaling.scale))
+    if _depthwise(module):
+        weight = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+    else:
+        across = (1, -1, *[1] * (weight.ndim - 2))
+        summed = (weight * shift.reshape(across)).reshape(len(weight), -1).sum(axis=1)
+        weight, bias = weight * scale.reshape(across), bias + summed
+    return Unrounded(
+        module=module, weight=weight, bias=bias, rescaling=rescaling, input_scale=input_scale
+    )
+
+
+def rounded(
+    layer: Unrounded,
+    grid: WeightGrid,
+    how: Rounding,
+    exact: Tensor | None = None,
+    inputs: Tensor | None = None,
+) -> IntegerLayer:
+    """Choose a layer's scales and integers.
+
+    Args:
+        layer: What to round.
+        grid: What the weights may be.
+        how: The rounding; `auto` is GPTQ for linear layers of 4 bits, and nearest elsewhere.
+        exact: What the layer reads in the float network, (N, in, ...); None with `inputs` None.
+        inputs: What it reads in the quantized one; None rounds to nearest on max|w| / limit.
+
+    Returns:
+        The layer in integers, its bias not yet corrected.
+    """
+    bound = layer.input_scale if layer.input_scale is not None else 1.0
+    if inputs is None or exact is None:
+        scales = weight_scales(layer.weight, _bounded(layer), bound, grid)
+        return _made(layer, quantize_weight(layer.weight, scales, grid), scales)
+    read = layer.rescaling.apply(inputs)
+    scales = weight_scales(layer.weight, _bounded(layer), bound, grid, _importance(layer, read))
+    few = grid.bits == FEW_BITS
+    method = ("gptq" if few else "nearest") if how == "auto" else how
+    if method == "adaround" and grid.pairs:
+        method = "gptq"
+    if method == "nearest" or not isinstance(layer.module, nn.Linear):
+        return _made(layer, quantize_weight(layer.weight, scales, grid), scales)
+    rows, weight = _rows(read), layer.weight
+    hessian = rounding.second_moment(rows)
+    if few:
+        lost = rounding.second_moment(_rows(layer.rescaling.apply(exact)) - rows, rows)
+        weight = rounding.ridge(weight, lost, hessian)
+        layer = replace(layer, weight=weight)
+    if method == "adaround":
+        return _made(layer, rounding.adaround(weight, scales, rows, grid), scales)
+    return _made(layer, rounding.gptq(weight, scales, hessian, grid), scales)
+
+
+def apply(module: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply a layer with other weights: (N, in, ...) to (N, out, ...), float32."""
+    weight, bias = weight.float(), bias.float()
+    if isinstance(module, nn.Conv2d):
+        stride, padding = module.stride, module.padding
+        return functional.conv2d(x, weight, bias, stride, padding, groups=module.groups)
+    return functional.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+
+
+def _made(layer: Unrounded, weight: NDArray[np.int8], scales: NDArray[np.float32]) -> IntegerLayer:
+    return IntegerLayer(
+        of=layer, weight=weight, scales=scales, bias=_bias(layer, layer.bias, scales)
+    )
+
+
+def _bias(layer: Unrounded, bias: NDArray[np.float64], scales: NDArray[np.float32]) -> NDArray[Any]:
+    if layer.input_scale is None:
+        return bias.astype(np.float32)
+    return quantize_bias(bias, layer.input_scale, scales)
+
+
+def _bounded(layer: Unrounded) -> NDArray[np.float64]:
+    """Return the bias that scales must leave room for: none where it stays float."""
+    return layer.bias if layer.input_scale is not None else np.zeros_like(layer.bias)
+
+
+def _importance(layer: Unrounded, x: Tensor) -> NDArray[np.float64]:
+    """Return the mean square of what each weight multiplies, shaped to broadcast over them."""
+    square: NDArray[np.float64] = x.movedim(1, 0).flatten(1).double().square().mean(dim=1).numpy()
+    ndim = layer.weight.ndim
+    if _depthwise(layer.module):
+        # Within a row all weights multiply the same channel.
+        return np.ones((1,) * ndim)
+    # A channel that this sample left at 0 may hold something in others.
+    square += LEAST_IMPORTANCE * square.mean() + np.finfo(np.float64).tiny
+    return square.reshape(1, -1, *[1] * (ndim - 2))
+
+
+def _rows(x: Tensor) -> Tensor:
+    rows = x.movedim(1, -1).flatten(0, -2)
+    return rows[:: max(1, len(rows) // MOST_ROWS)]
+
+
+def _depthwise(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups > 1

@@ -1,0 +1,162 @@
+"""What quantizing a site does to the output of what reads it.
+
+In: a site's tensor and its reader. Out: for any grid the squared error of the reader's output, on
+a bounded choice of positions or images. Half of them are the extremes: what a range clips is rare,
+and positions drawn blindly would always vote for a narrower one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from calib.grid import along_channels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from torch import Tensor
+
+    from calib.grid import SiteGrid
+    from pipeline.arithmetic import WeightGrid
+
+POSITIONS = 2048
+"""Looked at per site where the reader mixes channels only."""
+PLANES = 4096
+"""Positions looked at per site, in whole images, where the reader is a convolution."""
+FEWEST_IMAGES = 4
+
+
+class Reader(Protocol):
+    """What reads a site."""
+
+    def look(self, x: Tensor) -> Tensor:
+        """Choose what of the site's tensor (N, C, ...) is looked at: (P, C, ...)."""
+
+    def error(self, x: Tensor, grid: SiteGrid) -> float:
+        """Return the squared error of the output, over the output's squares.
+
+        Args:
+            x: From `look`.
+            grid: What the site does.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behind:
+    """What follows a site's reader: an error there counts by what becomes of it.
+
+    Attributes:
+        function: A LayerNorm, a GELU, or nothing.
+        weight: How much each channel of its output counts, (C,): the norm of the columns of the
+            layer that reads it.
+    """
+
+    function: Callable[[Tensor], Tensor]
+    weight: Tensor
+
+    def error(self, y: Tensor, exact: Tensor) -> float:
+        """Return the squared error of the output over its squares."""
+        y, exact = self.function(y), self.function(exact)
+        across = along_channels(self.weight.square(), y.ndim)
+        whole = float((exact.square() * across).sum())
+        return float(((y - exact).square() * across).sum()) / max(whole, 1e-30)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReader:
+    """A layer with weights, which are rounded too: a rescaling moves what their grid must span."""
+
+    layer: nn.Conv2d | nn.Linear
+    grid: WeightGrid
+    behind: Behind
+
+    def look(self, x: Tensor) -> Tensor:
+        """See `Reader`."""
+        return chosen_positions(x) if isinstance(self.layer, nn.Linear) else chosen_images(x)
+
+    def error(self, x: Tensor, grid: SiteGrid) -> float:
+        """See `Reader`."""
+        shift, scale = grid.rescaling.shift, grid.rescaling.scale
+        weight = self.layer.weight.detach()
+        depthwise = isinstance(self.layer, nn.Conv2d) and self.layer.groups > 1
+        columns = torch.ones(1) if depthwise else along_channels(scale, weight.ndim)
+        rounded = nearest(weight * columns, self.grid) / columns
+        exact = self._apply(x, weight)
+        centred = grid(x) - along_channels(shift, x.ndim)
+        # A shift goes into the bias with the weights that are not rounded.
+        moved = self._apply(centred, rounded)
+        if bool(shift.any()):
+            moved = moved + exact - self._apply(x - along_channels(shift, x.ndim), weight)
+        bias = 0.0 if self.layer.bias is None else along_channels(self.layer.bias, exact.ndim)
+        return self.behind.error(moved + bias, exact + bias)
+
+    def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        if isinstance(self.layer, nn.Conv2d):
+            layer: Any = self.layer
+            return functional.conv2d(
+                x, weight, None, layer.stride, layer.padding, groups=layer.groups
+            )
+        return functional.linear(x, weight)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FunctionReader:
+    """A LayerNorm, a GELU or an addition."""
+
+    behind: Behind
+
+    def look(self, x: Tensor) -> Tensor:
+        """See `Reader`."""
+        return chosen_positions(x)
+
+    def error(self, x: Tensor, grid: SiteGrid) -> float:
+        """See `Reader`."""
+        return self.behind.error(grid(x), x)
+
+
+def nearest(weight: Tensor, grid: WeightGrid) -> Tensor:
+    """Return a weight rounded to the nearest of its per-channel grid, as floats."""
+    rows = weight.abs().flatten(1).amax(dim=1).clamp(min=1e-30) / grid.limit
+    steps = rows.reshape(-1, *[1] * (weight.ndim - 1))
+    return (weight / steps).round() * steps
+
+
+def chosen_positions(x: Tensor) -> Tensor:
+    """Return at most `POSITIONS` positions of (N, C, ...): (P, C), half of them the extremes."""
+    rows = x.movedim(1, -1).flatten(0, -2)
+    return rows[_extremes_and_others(rows.abs().amax(dim=1), _unusual(rows).amax(dim=1), POSITIONS)]
+
+
+def chosen_images(x: Tensor) -> Tensor:
+    """Return some images of (N, C, H, W), half of them those that hold the extremes."""
+    rows = x.flatten(2)
+    n = max(FEWEST_IMAGES, PLANES // rows.shape[2])
+    flat = rows.movedim(1, -1)
+    unusual = _unusual(flat.flatten(0, 1)).reshape(flat.shape)
+    return x[_extremes_and_others(rows.abs().amax(dim=(1, 2)), unusual.amax(dim=(1, 2)), n)]
+
+
+def _unusual(rows: Tensor) -> Tensor:
+    """Return how many deviations each value lies from its channel's mean."""
+    return (rows - rows.mean(dim=0)).abs() / rows.std(dim=0, correction=0).clamp(min=1e-12)
+
+
+def _extremes_and_others(largest: Tensor, unusual: Tensor, n: int) -> Tensor:
+    count = len(largest)
+    if count <= n:
+        return torch.arange(count)
+    quarter = n // 4
+    drawn = np.random.default_rng(0).permutation(count)[: n - 2 * quarter]
+    return torch.cat(
+        [
+            torch.from_numpy(drawn),
+            largest.topk(quarter).indices,
+            unusual.topk(quarter).indices,
+        ]
+    )

@@ -1,0 +1,202 @@
+"""What the calibration chose, site by site, and what that costs, for a terminal.
+
+In: a run folder. Out: facts as JSON-like values, and their table. They are report.json's; where it
+has no calibration, or where there is no report yet, the quantized model's own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pydantic import TypeAdapter, ValidationError
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.errors import ArtifactError, printable
+from pipeline.records import QuantizedModel
+from pipeline.run import MODEL, MODEL_FILES
+from reports import assemble
+from reports.culprits import culprits, median_db, sentences, worst_first
+from reports.document import REPORT, Calibration, read_report
+from reports.pages import share
+from reports.summary import drop_in_points
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from pipeline.records import Accuracy
+
+PARAMS = MODEL_FILES[0]
+NOTHING = "No activation is quantized beforehand here, so there is no site to explain."
+UNMEASURED = "No artifact's accuracy was measured."
+
+
+def explain(out: Path) -> dict[str, Any]:
+    """Collect what a run folder says about its calibration.
+
+    Args:
+        out: The run folder.
+
+    Returns:
+        `says` (sentences), `calibration` (as in report.json, its sites in network order; null
+        where no activation is quantized beforehand), `worst` (names, worst first), `median_db`,
+        and `accuracy` (per artifact measured).
+
+    Raises:
+        ArtifactError: The folder has neither a report nor a model, or one is damaged.
+    """
+    report = read_report(out) if (out / REPORT).exists() else None
+    calibration = report.calibration if report is not None else None
+    if calibration is None and (report is None or (out / MODEL / PARAMS).exists()):
+        calibration = _of_model(out)
+    rows = report.artifacts if report is not None else ()
+    accuracy = [
+        {
+            "artifact": f"{row.runtime} {row.scheme}",
+            "placement": row.placement,
+            "profile": row.profile,
+            "n": row.accuracy.n,
+            "sqnr_db": row.accuracy.sqnr_db,
+            "drop_pp": row.accuracy.drop_pp,
+            "drop": drop_in_points(row.accuracy),
+        }
+        for row in rows
+        if _measured(row.accuracy)
+    ]
+    facts: dict[str, Any] = {
+        "says": [NOTHING],
+        "calibration": None,
+        "worst": [],
+        "median_db": None,
+        "accuracy": accuracy,
+    }
+    if calibration is not None:
+        facts |= {
+            "says": list(sentences(calibration)),
+            "calibration": calibration.model_dump(mode="json"),
+            "worst": [site.site for site in culprits(calibration.sites)],
+            "median_db": median_db(calibration.sites),
+        }
+    return facts
+
+
+def show(facts: dict[str, Any], console: Console) -> None:
+    """Print the sentences, the accuracy of the artifacts, and a row per site, worst first."""
+    for sentence in facts["says"]:
+        _say(sentence, console)
+    _show_accuracy(facts["accuracy"], console)
+    if facts["calibration"] is None:
+        return
+    calibration = Calibration.model_validate(facts["calibration"])
+    settings = ", ".join(
+        f"{name.replace('_', ' ')} {_word(value)}" for name, value in calibration.settings.items()
+    )
+    _say(f"{calibration.scheme}, placement {calibration.placement}; {settings}", console)
+    if calibration.float_layers:
+        _say(f"float layers: {', '.join(calibration.float_layers)}", console)
+    table = _table("site")
+    for title in ("SQNR dB", "plain"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("range", no_wrap=True)
+    for title in (
+        "strength", "minimum", "maximum", "clipped", "spread", "after", "scale", "zero", "bits",
+    ):  # fmt: skip
+        table.add_column(title, justify="right", no_wrap=True)
+    for site in worst_first(calibration.sites):
+        table.add_row(
+            _text(site.site),
+            f"{site.sqnr_db:.1f}",
+            f"{site.plain_sqnr_db:.1f}",
+            site.range_method,
+            f"{site.strength:.2f}",
+            f"{site.minimum:.4g}",
+            f"{site.maximum:.4g}",
+            share(site.clipped),
+            f"{site.spread_before:.3g}",
+            f"{site.spread_after:.3g}",
+            f"{site.scale:.4g}",
+            str(site.zero_point),
+            str(site.bits),
+            style="bold red" if site.site in facts["worst"] else None,
+        )
+    _print(table, console)
+
+
+def _of_model(out: Path) -> Calibration | None:
+    params = out / MODEL / PARAMS
+    try:
+        model = TypeAdapter(QuantizedModel).validate_json(params.read_bytes())
+    except OSError as error:
+        raise ArtifactError(
+            f"{out} has no {REPORT} and no {MODEL}/{PARAMS} ({error.strerror})",
+            allowed="a folder that `convnext-edge run` or `quantize` wrote",
+            do="Run `convnext-edge quantize --out DIR` first",
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise ArtifactError(
+            f"{params} holds no quantized model: {where or 'the file'}: {first['msg']}",
+            allowed="what `convnext-edge quantize` of this version wrote",
+            do="Run `convnext-edge quantize` again",
+        ) from error
+    missing = [name for name in model.chosen if name not in model.sites]
+    if missing:
+        raise ArtifactError(
+            f"{params} holds no grid of {missing[0]}",
+            allowed="what `convnext-edge quantize` of this version wrote",
+            do="Run `convnext-edge quantize` again",
+        )
+    return assemble.calibration(model)
+
+
+def _measured(accuracy: Accuracy) -> bool:
+    return accuracy.outcome == "measured" and (
+        accuracy.sqnr_db is not None or accuracy.drop_pp is not None
+    )
+
+
+def _show_accuracy(rows: list[dict[str, Any]], console: Console) -> None:
+    if not rows:
+        _say(UNMEASURED, console)
+        return
+    table = _table("artifact")
+    table.add_column("placement", no_wrap=True)
+    for title in ("images", "SQNR dB", "drop, points (95 %)"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        sqnr = "—" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
+        images = "—" if row["n"] is None else f"{row['n']:,}"
+        table.add_row(_text(row["artifact"]), _text(row["placement"]), images, sqnr, row["drop"])
+    _print(table, console)
+
+
+def _table(first: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first, no_wrap=True)
+    return table
+
+
+def _print(table: Table, console: Console) -> None:
+    # As wide as it is: a number that is cut is worse than a line that a terminal breaks.
+    whole, before = (
+        console.measure(table, options=console.options.update(max_width=1000)),
+        console.width,
+    )
+    console.width = max(whole.maximum, before)
+    console.print(table, crop=False)
+    console.width = before
+
+
+def _say(text: str, console: Console) -> None:
+    console.print(_text(text), soft_wrap=True, highlight=False)
+
+
+def _text(text: str) -> str:
+    return escape(printable(text))
+
+
+def _word(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

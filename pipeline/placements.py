@@ -1,0 +1,59 @@
+"""Placements: which layers run in integers, and which sites are quantized for it.
+
+In: a word and the network's structure. Out: the names of layers and of sites.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pipeline.records import Layer
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from pipeline.trace import Structure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """What runs in integers.
+
+    Attributes:
+        layers: The kinds of layer.
+        outputs: Whether the sites behind these layers are quantized too, not only those that they
+            read: an integer kernel that writes integers needs a grid to write on.
+    """
+
+    layers: frozenset[Layer]
+    outputs: bool
+
+
+POINTWISE = frozenset({Layer.PW1, Layer.PW2})
+PLACEMENTS: dict[str, Placement] = {
+    "pointwise": Placement(layers=POINTWISE, outputs=False),
+    "pointwise-io": Placement(layers=POINTWISE, outputs=True),
+    "all": Placement(layers=frozenset(Layer), outputs=True),
+}
+"""From the narrowest to the widest: each quantizes every site of those before it."""
+
+
+def widest(names: Collection[str]) -> str:
+    """Return the placement that contains the others."""
+    return next(name for name in reversed(PLACEMENTS) if name in names)
+
+
+def quantized_sites(
+    placement: Placement, structure: Structure, integer_layers: Collection[str]
+) -> frozenset[str]:
+    """Return the sites that are quantized.
+
+    Args:
+        placement: Whether outputs are.
+        structure: Of the network.
+        integer_layers: The names of the layers that run in integers.
+    """
+    read = {site for layer, site in structure.reads.items() if layer in integer_layers}
+    written = {site for layer, site in structure.writes.items() if layer in integer_layers}
+    return frozenset(read | written if placement.outputs else read)

@@ -1,0 +1,90 @@
+"""Reading ONNX files: without external data, into a session, and what their weights are.
+
+In: a path. Out: the file as onnx parses it, or a session of onnxruntime on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import ArtifactError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    import onnx
+
+WEIGHT_INPUT = {"Conv": 1, "Gemm": 1, "MatMulInteger": 1}
+UNPACKING_OPS = ("Cast", "DequantizeLinear", "Mul")
+
+
+def load(path: Path) -> onnx.ModelProto:
+    """Parse a file.
+
+    Raises:
+        ArtifactError: It is damaged, or refers to other files.
+    """
+    import onnx
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError has no public home
+        raise ArtifactError(
+            f"{path} is not an ONNX file ({type(error).__name__})",
+            allowed="an artifact that `convnext-edge export` wrote",
+            do="Export it again",
+        ) from error
+    graphs = [model.graph, *model.functions]
+    if any(tensor.external_data for graph in graphs for tensor in constants(graph)):
+        raise ArtifactError(
+            f"{path} refers to external data",
+            allowed="an ONNX file with its weights inside",
+            do="Export it again with this project",
+        )
+    return model
+
+
+def constants(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.TensorProto]:
+    """Yield every constant, wherever a file can hide one that names another file."""
+    yield from getattr(graph, "initializer", ())
+    for sparse in getattr(graph, "sparse_initializer", ()):
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                yield from (sparse.values, sparse.indices)
+            for inner in (attribute.g, *attribute.graphs):
+                yield from constants(inner)
+
+
+def session(path: Path, *, threads: int, optimised: Path | None = None) -> Any:
+    """Return a session on the CPU; `optimised` takes the graph that it really executes."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    if optimised is not None:
+        options.optimized_model_filepath = str(optimised)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def integer_weights(model: onnx.ModelProto) -> int:
+    """Count the layers whose weights lie in a file as int8."""
+    from onnx import TensorProto
+
+    int8 = {c.name for c in model.graph.initializer if c.data_type == TensorProto.INT8}
+    made_by = {name: node for node in model.graph.node for name in node.output}
+
+    def stored(name: str) -> str:
+        node = made_by.get(name)
+        return name if node is None or node.op_type not in UNPACKING_OPS else stored(node.input[0])
+
+    return sum(
+        stored(node.input[WEIGHT_INPUT[node.op_type]]) in int8
+        for node in model.graph.node
+        if node.op_type in WEIGHT_INPUT
+    )
