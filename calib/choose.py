@@ -107,7 +107,7 @@ class _Search:
         self.given = given
         halved = halved and len(seen.x) > 1
         self.seen = seen.half() if halved else seen
-        self.looked = seen.reader.look(seen.x[1::2] if halved else seen.x)
+        self.exam = seen.reader.exam(seen.x[1::2] if halved else seen.x)
         self._widths: dict[str, ChannelWidths] = {}
         self._ranges: dict[Any, Range] = {}
         self._errors: dict[Choice, float] = {}
@@ -116,7 +116,7 @@ class _Search:
         """Return what a choice loses."""
         if choice not in self._errors:
             grid, _ = self.grid(choice)
-            self._errors[choice] = self.seen.reader.error(self.looked, grid)
+            self._errors[choice] = self.exam(grid)
         return self._errors[choice]
 
     def best(self, choices: Iterable[Choice]) -> Choice:

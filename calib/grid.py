@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+from torch.nn import functional
 
 from pipeline.arithmetic import limits
 
@@ -71,6 +73,15 @@ def fake_quantize(x: Tensor, parameters: Quantization) -> Tensor:
     return torch.fake_quantize_per_tensor_affine(
         x, parameters.scale, parameters.zero_point, low, high
     )
+
+
+def apply(module: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Apply a layer with other weights: (N, in, ...) to (N, out, ...), float32."""
+    weight, bias = weight.to(x.dtype), bias.to(x.dtype)
+    if isinstance(module, nn.Conv2d):
+        stride, padding = module.stride, module.padding
+        return functional.conv2d(x, weight, bias, stride, padding, groups=module.groups)
+    return functional.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
 def along_channels(values: Tensor, ndim: int) -> Tensor:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from calib import rounding
+from calib.grid import apply
 from pipeline.arithmetic import (
     FEW_BITS,
     bias_scales,
@@ -151,15 +151,6 @@ def rounded(
     if method == "adaround":
         return _made(layer, rounding.adaround(weight, scales, rows, grid), scales)
     return _made(layer, rounding.gptq(weight, scales, hessian, grid), scales)
-
-
-def apply(module: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Apply a layer with other weights: (N, in, ...) to (N, out, ...), float32."""
-    weight, bias = weight.float(), bias.float()
-    if isinstance(module, nn.Conv2d):
-        stride, padding = module.stride, module.padding
-        return functional.conv2d(x, weight, bias, stride, padding, groups=module.groups)
-    return functional.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
 def _made(layer: Unrounded, weight: NDArray[np.int8], scales: NDArray[np.float32]) -> IntegerLayer:

@@ -8,14 +8,13 @@ and positions drawn blindly would always vote for a narrower one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
-from calib.grid import along_channels
+from calib.grid import along_channels, apply, fake_quantize
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +23,9 @@ if TYPE_CHECKING:
 
     from calib.grid import SiteGrid
     from pipeline.arithmetic import WeightGrid
+
+    Exam = Callable[[SiteGrid], float]
+    """A grid's relative squared error."""
 
 POSITIONS = 2048
 """Looked at per site where the reader mixes channels only."""
@@ -35,15 +37,10 @@ FEWEST_IMAGES = 4
 class Reader(Protocol):
     """What reads a site."""
 
-    def look(self, x: Tensor) -> Tensor:
-        """Choose what of the site's tensor (N, C, ...) is looked at: (P, C, ...)."""
+    def exam(self, x: Tensor) -> Exam:
+        """Return what judges grids by the reader's output on a choice of this tensor (N, C, ...).
 
-    def error(self, x: Tensor, grid: SiteGrid) -> float:
-        """Return the squared error of the output, over the output's squares.
-
-        Args:
-            x: From `look`.
-            grid: What the site does.
+        The exam returns the squared error of the output over the output's squares.
         """
 
 
@@ -60,12 +57,16 @@ class Behind:
     function: Callable[[Tensor], Tensor]
     weight: Tensor
 
-    def error(self, y: Tensor, exact: Tensor) -> float:
-        """Return the squared error of the output over its squares."""
-        y, exact = self.function(y), self.function(exact)
-        across = along_channels(self.weight.square(), y.ndim)
-        whole = float((exact.square() * across).sum())
-        return float(((y - exact).square() * across).sum()) / max(whole, 1e-30)
+    def judge(self, exact: Tensor) -> Callable[[Tensor], float]:
+        """Return what holds an output against the exact one."""
+        across = along_channels(self.weight, exact.ndim)
+        right = self.function(exact) * across
+        whole = max(float(right.square().sum()), 1e-30)
+
+        def error(y: Tensor) -> float:
+            return float((self.function(y) * across - right).square().sum()) / whole
+
+        return error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,33 +77,28 @@ class LayerReader:
     grid: WeightGrid
     behind: Behind
 
-    def look(self, x: Tensor) -> Tensor:
+    def exam(self, x: Tensor) -> Exam:
         """See `Reader`."""
-        return chosen_positions(x) if isinstance(self.layer, nn.Linear) else chosen_images(x)
-
-    def error(self, x: Tensor, grid: SiteGrid) -> float:
-        """See `Reader`."""
-        shift, scale = grid.rescaling.shift, grid.rescaling.scale
+        linear = isinstance(self.layer, nn.Linear)
+        looked = chosen_positions(x) if linear else chosen_images(x)
         weight = self.layer.weight.detach()
+        bias = torch.zeros(len(weight)) if self.layer.bias is None else self.layer.bias.detach()
         depthwise = isinstance(self.layer, nn.Conv2d) and self.layer.groups > 1
-        columns = torch.ones(1) if depthwise else along_channels(scale, weight.ndim)
-        rounded = nearest(weight * columns, self.grid) / columns
-        exact = self._apply(x, weight)
-        centred = grid(x) - along_channels(shift, x.ndim)
-        # A shift goes into the bias with the weights that are not rounded.
-        moved = self._apply(centred, rounded)
-        if bool(shift.any()):
-            moved = moved + exact - self._apply(x - along_channels(shift, x.ndim), weight)
-        bias = 0.0 if self.layer.bias is None else along_channels(self.layer.bias, exact.ndim)
-        return self.behind.error(moved + bias, exact + bias)
+        judge = self.behind.judge(apply(self.layer, looked, weight, bias))
 
-    def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
-        if isinstance(self.layer, nn.Conv2d):
-            layer: Any = self.layer
-            return functional.conv2d(
-                x, weight, None, layer.stride, layer.padding, groups=layer.groups
-            )
-        return functional.linear(x, weight)
+        def error(grid: SiteGrid) -> float:
+            shift, scale = grid.rescaling.shift, grid.rescaling.scale
+            if depthwise:
+                rescaled = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
+                moved = bias
+            else:
+                rescaled = weight * along_channels(scale, weight.ndim)
+                summed = (weight * along_channels(shift, weight.ndim)).flatten(1).sum(dim=1)
+                moved = bias + summed
+            inputs = fake_quantize(grid.rescaling.apply(looked), grid.parameters)
+            return judge(apply(self.layer, inputs, nearest(rescaled, self.grid), moved))
+
+        return error
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,13 +107,11 @@ class FunctionReader:
 
     behind: Behind
 
-    def look(self, x: Tensor) -> Tensor:
+    def exam(self, x: Tensor) -> Exam:
         """See `Reader`."""
-        return chosen_positions(x)
-
-    def error(self, x: Tensor, grid: SiteGrid) -> float:
-        """See `Reader`."""
-        return self.behind.error(grid(x), x)
+        looked = chosen_positions(x)
+        judge = self.behind.judge(looked)
+        return lambda grid: judge(grid(looked))
 
 
 def nearest(weight: Tensor, grid: WeightGrid) -> Tensor:

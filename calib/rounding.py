@@ -29,8 +29,8 @@ DAMPING = 0.01
 """Of the mean of a Hessian's diagonal, added to it (GPTQ's own value)."""
 RIDGE = 1.0
 """As damping, of ERQ's correction."""
-ADAROUND_STEPS, ADAROUND_BATCH, ADAROUND_RATE = 600, 1024, 0.1
-ADAROUND_WEIGHT = 0.2
+ADAROUND_STEPS, ADAROUND_BATCH, ADAROUND_RATE = 1500, 1024, 0.03
+ADAROUND_WEIGHT = 50.0
 STRETCH = (-0.1, 1.1)
 """AdaRound's zeta and gamma: the sigmoid reaches 0 and 1 before its ends."""
 BETAS = (20.0, 2.0)
@@ -130,18 +130,20 @@ def adaround(
     def soft() -> Tensor:
         return (torch.sigmoid(v) * (gamma - zeta) + zeta).clamp(0, 1)
 
-    power = float((inputs @ target.T).square().mean().clamp(min=1e-30))
+    nearest = steps.round().clamp(-grid.limit, grid.limit) * size
+    # In units of what rounding to nearest loses; Adam's own epsilon would swallow smaller ones.
+    unit = float((inputs @ (nearest - target).T).square().mean().clamp(min=1e-30))
     with torch.enable_grad():
         for step in range(ADAROUND_STEPS):
             x = inputs[torch.randint(len(inputs), (ADAROUND_BATCH,), generator=generator)]
             h = soft()
             rounded = (lower + h).clamp(-grid.limit, grid.limit) * size
-            loss = (x @ (rounded - target).T).square().mean() / power
+            loss = (x @ (rounded - target).T).square().mean() / unit
             done = step / ADAROUND_STEPS
             beta = BETAS[0] + (BETAS[1] - BETAS[0]) * done
             if done > 0.2:  # noqa: PLR2004 - the paper's warm-up
                 undecided = (1 - (2 * h - 1).abs().pow(beta)).mean()
-                loss = loss + ADAROUND_WEIGHT * float(loss.detach()) * undecided
+                loss = loss + ADAROUND_WEIGHT * undecided
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()

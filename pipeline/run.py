@@ -35,6 +35,7 @@ from pipeline.records import (
     Export,
     Preprocessing,
     Proof,
+    QuantizedModel,
     Wanted,
 )
 from pipeline.sidecar import DEFAULT_INPUT_SIZE, GEOMETRY, read_sidecar
@@ -189,7 +190,12 @@ class _Run:
         if steps.export:
             artifacts = self._export(quantized)
             data = data.without(calibration=calibrated.value["skipped"])
-            report = self._report(steps, loaded, model, data, artifacts)
+            calibration = None
+            if self.recipe.scheme != "float":
+                record = (quantized / MODEL_FILES[0]).read_bytes()
+                integers = TypeAdapter(QuantizedModel).validate_json(record)
+                calibration = assemble.calibration(integers)
+            report = self._report(steps, loaded, model, data, artifacts, calibration)
         store = self.stages.store
         return Finished(report=report, made=tuple(store.made), reused=tuple(store.reused))
 
@@ -200,6 +206,7 @@ class _Run:
         model: Checkpoint,
         data: Data,
         artifacts: Sequence[Artifact],
+        calibration: document.Calibration | None,
     ) -> Report:
         verification = Verification(
             self.stages, loaded, model, self.preprocessing, asked=steps.verify
@@ -236,6 +243,7 @@ class _Run:
                 )
             ],
             agreement=verified.agreement,
+            calibration=calibration,
         )
         # What only exported has nothing to be judged by.
         budget = self.recipe.gate if steps.verify or steps.bench else None

@@ -1,8 +1,8 @@
 """A report as pages: one for people to look at, and one per device to keep in a repository.
 
 In: a `Report`. Out: index.html and, where there is a calibration, calibration.html, each of which
-stands alone (no script, no network, no other file), and a Markdown page per device. Every number is the report's own; a missing one is a dash, with its
-reason where the report has one.
+stands alone (no script, no network, no other file), and a Markdown page per device. Every number is
+the report's own; a missing one is a dash, with its reason where the report has one.
 """
 
 from __future__ import annotations

@@ -244,7 +244,7 @@ def _labels(
         letter = WIDE_LETTER if site == named[0] else LETTER
         half = min(min(len(text), LONGEST) * letter, width) / 2
         x = xs[sites.index(site)]
-        shift = (2 * lean - 1) * (half - LETTER) * (1 if x < width / 2 else -1)
+        shift = (2 * lean - 1) * 0.8 * half * (1 if x < width / 2 else -1)
         middle = min(max(x + shift, half), width - half)
         label = _Label(
             x=x,
@@ -261,7 +261,7 @@ def _labels(
 
 def _write_label(axes: Axes, label: _Label, top: float) -> None:
     size = (label.end - label.start, ROW - 1)
-    axes.add_patch(Rectangle((label.start, top), *size, facecolor=CARD, linewidth=0))
+    axes.add_patch(Rectangle((label.start, top), *size, facecolor=CARD, linewidth=0, zorder=2.5))
     write(
         axes,
         (label.start + label.end) / 2,

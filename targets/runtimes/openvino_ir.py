@@ -3,8 +3,10 @@
 In: a `Graph`. Out: model.xml with model.bin beside it, NCHW. Pointwise layers are 1x1 convolutions,
 into whose integer kernels OpenVINO fuses the erf form of GELU; LayerNorm is an MVN over the channel
 axis, so nothing is ever transposed. Activations are FakeQuantize with 256 levels, weights int8
-constants behind Convert and Multiply. In w8 nothing else is quantized, and
-OpenVINO computes in float.
+constants behind Convert and Multiply.
+
+In w8 that is all there is, and the file says so in its runtime_options: OpenVINO quantizes by
+itself what a linear layer with int8 weights reads, unless it is told not to.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ WEIGHTED_TYPES = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 UNPACKING_TYPES = ("Convert", "Multiply")
 LAYOUT_TYPES = ("Transpose",)
 LEVELS = ACTIVATION_MAX - ACTIVATION_MIN + 1
+DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 PARITY = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
 """Without the hint OpenVINO may compute in bf16 where the CPU has it."""
 
@@ -56,8 +59,8 @@ class OpenVino:
         gelu="erf",
         unsupported_schemes={
             "w8a16": "OpenVINO has no kernel for 16-bit activations; it would compute in float",
-            "w8a8-dynamic": "OpenVINO quantizes activations itself in linear layers only, only on"
-            " some CPUs, and as a setting of the session: a file cannot ask for it",
+            "w8a8-dynamic": "OpenVINO does that in linear layers only, on CPUs with VNNI only, and"
+            " its compiled model does not say whether it did",
         },
     )
 
@@ -67,18 +70,24 @@ class OpenVino:
 
         model = _Emitter(graph).model()
         model.set_rt_info(metadata, [METADATA_KEY])
+        if graph.export.scheme == "w8":
+            model.set_rt_info("0", ["runtime_options", DYNAMIC])
         openvino.save_model(model, path, compress_to_fp16=False)
 
     def prove(self, path: Path, graph: g.Graph) -> Proof:
         """Count in the model that OpenVINO compiled for this CPU."""
         counts: Counter[str] = Counter()
         integer = 0
-        for node in _compile(path, threads=1).get_runtime_model().get_ordered_ops():
+        compiled = _compile(path, threads=1)
+        # OpenVINO calls a linear layer with int8 weights i8 even where it computes in float.
+        stored = graph.export.scheme == "w8" and not compiled.get_property(DYNAMIC)
+        for node in compiled.get_runtime_model().get_ordered_ops():
             info = node.get_rt_info()
             kind = info["layerType"].astype(str)
             precision = info["runtimePrecision"].astype(str)
             counts[kind] += 1
-            integer += kind in WEIGHTED_TYPES and precision in INTEGER_PRECISIONS
+            computes = kind in WEIGHTED_TYPES and not (stored and kind == "FullyConnected")
+            integer += computes and precision in INTEGER_PRECISIONS
         return Proof(
             method="runtimePrecision of layers in the model that OpenVINO compiled for this CPU",
             integer_layers=integer,
@@ -177,17 +186,8 @@ class _Emitter:
             case g.Input():
                 batch = -1 if self.graph.export.batch == "dynamic" else self.graph.export.batch
                 return ov.parameter([batch, *op.shape], np.float32, INPUT_NAME)
-            case g.Conv():
-                kind, shape = ov.convolution, op.weight.shape
-                if op.groups > 1:
-                    kind = ov.group_convolution
-                    shape = (op.groups, op.shape[0] // op.groups, *shape[1:])
-                return self._conv(kind, op, x[0], shape, op.stride, op.padding)
-            case g.Linear(shape=(_, _, _)):
-                return self._conv(ov.convolution, op, x[0], (*op.weight.shape, 1, 1), 1, 0)
-            case g.Linear():
-                product = ov.matmul(x[0], self._weight(op, op.weight.shape), False, True)
-                return ov.add(product, op.values()[1])
+            case g.Conv() | g.Linear():
+                return self._layer(op, x[0])
             case g.Norm():
                 return self._norm(op, x[0])
             case g.ResponseNorm():
@@ -211,6 +211,18 @@ class _Emitter:
                 return ov.fake_quantize(x[0], low, high, low, high, LEVELS)
         msg = f"{type(op).__name__} has no OpenVINO form"
         raise NotImplementedError(msg)
+
+    def _layer(self, op: g.Conv | g.Linear, x: Any) -> Any:
+        ov, shape = self.ov, op.weight.shape
+        match op:
+            case g.Conv() if op.groups > 1:
+                shape = (op.groups, op.shape[0] // op.groups, *shape[1:])
+                return self._conv(ov.group_convolution, op, x, shape, op.stride, op.padding)
+            case g.Conv():
+                return self._conv(ov.convolution, op, x, shape, op.stride, op.padding)
+            case g.Linear(shape=(_, _, _)):
+                return self._conv(ov.convolution, op, x, (*shape, 1, 1), 1, 0)
+        return ov.add(ov.matmul(x, self._weight(op, shape), False, True), op.values()[1])
 
     def _norm(self, op: g.Norm, x: Any) -> Any:
         ov = self.ov

@@ -9,6 +9,7 @@ import pytest
 from pipeline.records import Accuracy, Agreement, Latency, Profile, Proof, Scheme
 from reports.document import (
     ArtifactRow,
+    Calibration,
     Check,
     Data,
     DataSource,
@@ -17,12 +18,17 @@ from reports.document import (
     Host,
     Model,
     Report,
+    Site,
 )
 
 DEVICES = ("local", "edge box <arm64> | rack/3")
 NO_APPLE = "coremltools runs models on macOS only; this host is Linux & has no <Core ML>"
 CRASHED = "the worker died: 'Illegal instruction' | signal 4"
 SUSPICIOUS = "artifacts/<script>alert('x')</script>/tflite.tflite"
+
+WORST = "stages.1.blocks.1.res_out"
+HELPED = "stages.0.blocks.1.dw_out"
+ROLES = ("dw_in", "dw_out", "ln_out", "gelu_in", "gelu_out", "res_out")
 
 # Runtime to its profile, float and quantized wall p50, sizes in bytes, drop in pp.
 _RUNTIMES: dict[str, tuple[Profile, float, float, int, int, float]] = {
@@ -160,3 +166,50 @@ def poor_report(full_report: Report) -> Report:
             "gate": Gate(outcome="not_run", checks=()),
         }
     )
+
+
+def site(name: str, sqnr_db: float, plain_sqnr_db: float, *, place: int = 0) -> Site:
+    """Make up a site; `place` varies what is not said."""
+    return Site(
+        site=name, role=name.rpartition(".")[2], range_method="mse", strength=0.75,
+        minimum=-3.25 - place / 64, maximum=5.5, clipped=0.00002, spread_before=42.5,
+        spread_after=1.625, sqnr_db=sqnr_db, plain_sqnr_db=plain_sqnr_db, scale=0.03125,
+        zero_point=-24, bits=8,
+    )  # fmt: skip
+
+
+def calibration(depths: tuple[int, ...], special: dict[str, tuple[float, float]]) -> Calibration:
+    """Make up a calibration of a network: 38 to 41 dB everywhere but at special sites."""
+    names = ["stem.image", "stem.stem_out"]
+    for stage, depth in enumerate(depths):
+        if stage:
+            names += [f"stages.{stage}.downsample.downsample_{end}" for end in ("in", "out")]
+        names += [f"stages.{stage}.blocks.{block}.{role}" for block in range(depth)
+                  for role in ROLES]  # fmt: skip
+    names.append("head.head_in")
+    return Calibration(
+        settings={"method": "search", "rounding": "auto", "rescale": True, "correct_bias": False},
+        scheme="w8a8", placement="all", sample=96,
+        sites=tuple(
+            site(name, *special.get(name, (38.0 + place % 4, 36.0 + place % 4)), place=place)
+            for place, name in enumerate(names)
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def calibrated_report(full_report: Report) -> Report:
+    """The full report with a calibration: one bad site, and one that would be without it."""
+    special = {WORST: (21.5, 19.25), HELPED: (37.5, 8.5)}
+    return full_report.model_copy(update={"calibration": calibration((2, 2), special)})
+
+
+@pytest.fixture
+def deep_report(full_report: Report) -> Report:
+    """The largest network: a bad site beside others that stand out less, and one without noise."""
+    special = {
+        "stem.image": (300.0, 300.0), "stages.1.downsample.downsample_in": (29.0, 28.0),
+        "stages.2.blocks.12.gelu_in": (9.5, -31.0), "stages.2.blocks.13.gelu_in": (30.0, 20.0),
+        **{f"stages.2.blocks.{block}.res_out": (28.0, 12.0) for block in (24, 25, 26)},
+    }  # fmt: skip
+    return full_report.model_copy(update={"calibration": calibration((3, 3, 27, 3), special)})

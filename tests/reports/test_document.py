@@ -28,7 +28,7 @@ def schema() -> Any:
     return json.loads(SHIPPED.read_text())
 
 
-@pytest.fixture(params=["full_report", "poor_report"])
+@pytest.fixture(params=["full_report", "poor_report", "calibrated_report"])
 def report(request: pytest.FixtureRequest) -> Report:
     found: Report = request.getfixturevalue(request.param)
     return found
@@ -77,6 +77,32 @@ def test_what_the_schema_refuses_the_reader_refuses(
     (tmp_path / REPORT).write_text(json.dumps(content))
     with pytest.raises(ArtifactError, match="does not follow the report contract"):
         read_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("strength", 1.5), ("range_method", "guess"), ("sqnr_db", None), ("zero_point", 0.5)],
+)
+def test_a_site_that_the_schema_refuses_the_reader_refuses(
+    tmp_path: Path, calibrated_report: Report, schema: Any, key: str, value: Any
+) -> None:
+    content = json.loads(calibrated_report.model_dump_json(by_alias=True))
+    content["calibration"]["sites"][3][key] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, schema)
+    (tmp_path / REPORT).write_text(json.dumps(content))
+    with pytest.raises(ArtifactError, match=rf"calibration\.sites\.3\.{key}"):
+        read_report(tmp_path)
+
+
+def test_an_older_report_has_no_calibration(
+    tmp_path: Path, full_report: Report, schema: Any
+) -> None:
+    content = json.loads(full_report.model_dump_json(by_alias=True))
+    assert content.pop("calibration", "absent") is None
+    jsonschema.validate(content, schema)
+    (tmp_path / REPORT).write_text(json.dumps(content))
+    assert read_report(tmp_path) == full_report
 
 
 @pytest.mark.parametrize("key", ["host", "model", "data", "float", "artifacts", "gate"])

@@ -322,32 +322,39 @@ def browser() -> Iterator[Any]:
     [("light", 1280), ("light", 390), ("dark", 1280), ("dark", 390)],
     ids=["light-1280", "light-390", "dark-1280", "dark-390"],
 )
-@pytest.mark.parametrize("which", ["full_report", "poor_report", "crowded_report"])
+@pytest.mark.parametrize(
+    "which", ["full_report", "poor_report", "crowded_report", "calibrated_report", "deep_report"]
+)
 def test_looks_right_in_a_browser(
     which: str, view: tuple[Any, int], browser: Any, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     scheme, width = view
-    index = write_pages(request.getfixturevalue(which), tmp_path)[0]
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    try:
-        complaints: list[str] = []
-        requests: list[str] = []
-        page.on("console", lambda message: complaints.append(message.text))
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("request", lambda sent: requests.append(sent.url))
-        page.emulate_media(color_scheme=scheme)
-        page.goto(index.as_uri())
-        page.screenshot(path=tmp_path / f"{which}-{scheme}-{width}.png", full_page=True)
-        overflow = page.evaluate("() => document.documentElement.scrollWidth - window.innerWidth")
-        assert overflow <= 0
-        assert page.evaluate(OVERLAPS) == []
-        assert page.evaluate(CLIPPED) == []
-        contrast = page.evaluate(CONTRAST)
-        assert contrast["ratio"] >= 4.5, contrast["text"]
-        assert complaints == []
-        assert [url for url in requests if url not in {index.as_uri(), "data:,"}] == []
-    finally:
-        page.close()
+    files = write_pages(request.getfixturevalue(which), tmp_path)
+    for file in (file for file in files if file.suffix == ".html"):
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        try:
+            complaints: list[str] = []
+            requests: list[str] = []
+            page.on("console", lambda message: complaints.append(message.text))  # noqa: B023
+            page.on("pageerror", lambda error: complaints.append(str(error)))  # noqa: B023
+            page.on("request", lambda sent: requests.append(sent.url))  # noqa: B023
+            page.emulate_media(color_scheme=scheme)
+            page.goto(file.as_uri())
+            page.screenshot(path=tmp_path / f"{file.stem}-{scheme}-{width}.png", full_page=True)
+            _assert_legible(page)
+            assert complaints == []
+            assert [url for url in requests if url not in {file.as_uri(), "data:,"}] == []
+        finally:
+            page.close()
+
+
+def _assert_legible(page: Any) -> None:
+    overflow = page.evaluate("() => document.documentElement.scrollWidth - window.innerWidth")
+    assert overflow <= 0
+    assert page.evaluate(OVERLAPS) == []
+    assert page.evaluate(CLIPPED) == []
+    contrast = page.evaluate(CONTRAST)
+    assert contrast["ratio"] >= 4.5, contrast["text"]
 
 
 @pytest.fixture

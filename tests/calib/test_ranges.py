@@ -1,0 +1,66 @@
+"""Every kind of range does what its name says."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from calib.grid import fake_quantize
+from calib.ranges import PERCENTILE, clipped_range
+from pipeline.arithmetic import activation_quantization
+from pipeline.records import Range, RangeMethod
+
+METHODS = get_args(RangeMethod)
+
+
+def values(outlier: float) -> torch.Tensor:
+    x = torch.randn(2**15, generator=torch.Generator().manual_seed(0))
+    x[7] = outlier
+    return x
+
+
+def observed(x: torch.Tensor) -> Range:
+    return Range(minimum=float(x.min()), maximum=float(x.max()))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_range_stays_within_what_was_observed(method: RangeMethod) -> None:
+    x = values(30.0)
+    taken = clipped_range(x, observed(x), method)
+    assert observed(x).minimum <= taken.minimum < 0 < taken.maximum <= observed(x).maximum
+
+
+def test_min_max_clips_nothing_and_those_that_count_give_up_a_lone_outlier() -> None:
+    x = values(1000.0)
+    ends = {method: clipped_range(x, observed(x), method).maximum for method in METHODS}
+    assert ends["min-max"] == 1000.0
+    assert ends["percentile"] < 5
+    assert ends["entropy"] < 1000
+
+
+def test_the_percentile_leaves_its_share_outside() -> None:
+    x = torch.linspace(-1, 1, 2**15)
+    taken = clipped_range(x, observed(x), "percentile")
+    assert float((x > taken.maximum).float().mean()) == pytest.approx(1 - PERCENTILE, abs=1e-4)
+    assert float((x < taken.minimum).float().mean()) == pytest.approx(1 - PERCENTILE, abs=1e-4)
+
+
+@pytest.mark.parametrize("outlier", [0.0, 8.0, 20.0])
+def test_mse_rounds_with_no_more_error_than_min_max(outlier: float) -> None:
+    x = values(outlier)
+
+    def error(taken: Range) -> float:
+        return float((fake_quantize(x, activation_quantization(taken)) - x).square().sum())
+
+    assert error(clipped_range(x, observed(x), "mse")) <= error(observed(x))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("constant", [0.0, 2.5, -2.5])
+def test_a_constant_tensor_is_no_trouble(method: RangeMethod, constant: float) -> None:
+    x = torch.full((500,), constant)
+    taken = clipped_range(x, observed(x), method)
+    back = fake_quantize(x, activation_quantization(taken))
+    assert back == pytest.approx(x, rel=1e-5)
