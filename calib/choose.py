@@ -104,11 +104,12 @@ class _Search:
     ) -> None:
         self.bits = bits
         self.free = free
-        self.given = given
+        self._plain = given or Rescaling.identity(seen.x.shape[1])
         halved = halved and len(seen.x) > 1
         self.seen = seen.half() if halved else seen
         self.exam = seen.reader.exam(seen.x[1::2] if halved else seen.x)
         self._widths: dict[str, ChannelWidths] = {}
+        self._rescalings: dict[Any, Rescaling] = {}
         self._ranges: dict[Any, Range] = {}
         self._errors: dict[Choice, float] = {}
 
@@ -137,11 +138,14 @@ class _Search:
 
     def _rescaling(self, choice: Choice) -> Rescaling:
         if choice.strength == 0:
-            return self.given or Rescaling.identity(self.seen.x.shape[1])
+            return self._plain
         if not self._widths:
             found = widths(self.seen.x, self.seen.channels, shifts=self.free == "shift")
             self._widths = dict(zip(get_args(Widths), found, strict=True))
-        return rescaling(self._widths[choice.widths], choice.strength)
+        key = (choice.widths, choice.strength)
+        if key not in self._rescalings:
+            self._rescalings[key] = rescaling(self._widths[choice.widths], choice.strength)
+        return self._rescalings[key]
 
 
 def choose(
@@ -232,7 +236,10 @@ def _made(search: _Search, best: Choice) -> tuple[SiteGrid, SiteCalibration]:
     seen = search.seen
     grid, taken = search.grid(best)
     by = grid.rescaling
-    plain = _Search(seen, search.bits)
+    nothing = Rescaling.identity(len(by.scale))
+    plain = SiteGrid(
+        parameters=activation_quantization(seen.observed(nothing), search.bits), rescaling=nothing
+    )
     values = by.apply(seen.x)
     outside = (values < taken.minimum) | (values > taken.maximum)
     return grid, SiteCalibration(
@@ -241,10 +248,10 @@ def _made(search: _Search, best: Choice) -> tuple[SiteGrid, SiteCalibration]:
         minimum=taken.minimum,
         maximum=taken.maximum,
         clipped=float(outside.float().mean()),
-        spread_before=spread(seen.channels, Rescaling.identity(len(by.scale))),
+        spread_before=spread(seen.channels, nothing),
         spread_after=spread(seen.channels, by),
         sqnr_db=_decibels(search.error(best)),
-        plain_sqnr_db=_decibels(plain.error(Choice())),
+        plain_sqnr_db=_decibels(search.exam(plain)),
     )
 
 

@@ -69,10 +69,9 @@ class SiteGrid:
 
 def fake_quantize(x: Tensor, parameters: Quantization) -> Tensor:
     """Return dequantize(quantize(x)) as `pipeline.arithmetic` defines it, in float32."""
-    low, high = limits(parameters)
-    return torch.fake_quantize_per_tensor_affine(
-        x, parameters.scale, parameters.zero_point, low, high
-    )
+    low, high = (end - parameters.zero_point for end in limits(parameters))
+    # Several times as fast on a CPU as torch's own function of this name.
+    return (x / parameters.scale).round_().clamp_(low, high).mul_(parameters.scale)
 
 
 def apply(module: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

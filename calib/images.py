@@ -16,6 +16,7 @@ from calib.preprocess import Unreadable
 from calib.sources.base import IMAGE_SUFFIXES, SPLIT_NAMES
 from calib.sources.digits import Digits
 from calib.sources.opening import open_source
+from calib.sources.synthetic import Synthetic
 from pipeline.errors import DataError
 from pipeline.store import sha256_bytes, sha256_json
 
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 Purpose = Literal["calibration", "evaluation"]
 
 DIGITS = Digits.label
+NOTHING = Synthetic.label
+"""The places that are always there."""
 SPLITS: Mapping[Purpose, tuple[str, ...]] = {
     "calibration": ("train",),
     "evaluation": ("val", "validation", "test"),
@@ -264,7 +267,7 @@ def open_images(where: str, purpose: Purpose, label_file: str | None = None) -> 
     Raises:
         DataError: There is no such place, it is not readable, or it holds no images.
     """
-    source: Source = Digits() if where == DIGITS else open_source(where)
+    source = _source(where)
     names, depth = _of_split(source.names(), purpose)
     if not names:
         left_out = f" but {_some(source.skipped)}" if source.skipped else ""
@@ -285,6 +288,11 @@ def open_images(where: str, purpose: Purpose, label_file: str | None = None) -> 
     else:
         labels = read_labels(Path(label_file), names)
     return _labelled(source, names, labels)
+
+
+def _source(where: str) -> Source:
+    built_in = {DIGITS: Digits, NOTHING: Synthetic}
+    return built_in[where]() if where in built_in else open_source(where)
 
 
 def _labelled(source: Source, names: Sequence[str], labels: Labels) -> ImageSet:

@@ -123,7 +123,8 @@ def rounded(
     Args:
         layer: What to round.
         grid: What the weights may be.
-        how: The rounding; `auto` is GPTQ for linear layers of 4 bits, and nearest elsewhere.
+        how: The rounding, of linear layers; convolutions are rounded to nearest. Where pairs need
+            headroom, AdaRound gives way to GPTQ.
         exact: What the layer reads in the float network, (N, in, ...); None with `inputs` None.
         inputs: What it reads in the quantized one; None rounds to nearest on max|w| / limit.
 
@@ -137,10 +138,7 @@ def rounded(
     read = layer.rescaling.apply(inputs)
     scales = weight_scales(layer.weight, _bounded(layer), bound, grid, _importance(layer, read))
     few = grid.bits == FEW_BITS
-    method = ("gptq" if few else "nearest") if how == "auto" else how
-    if method == "adaround" and grid.pairs:
-        method = "gptq"
-    if method == "nearest" or not isinstance(layer.module, nn.Linear):
+    if how in {"auto", "nearest"} or not isinstance(layer.module, nn.Linear):
         return _made(layer, quantize_weight(layer.weight, scales, grid), scales)
     rows, weight = _rows(read), layer.weight
     hessian = rounding.second_moment(rows)
@@ -148,7 +146,7 @@ def rounded(
         lost = rounding.second_moment(_rows(layer.rescaling.apply(exact)) - rows, rows)
         weight = rounding.ridge(weight, lost, hessian)
         layer = replace(layer, weight=weight)
-    if method == "adaround":
+    if how == "adaround" and not grid.pairs:
         return _made(layer, rounding.adaround(weight, scales, rows, grid), scales)
     return _made(layer, rounding.gptq(weight, scales, hessian, grid), scales)
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from calib.grid import SiteGrid
+    from calib.grid import Rescaling, SiteGrid
     from pipeline.arithmetic import WeightGrid
 
     Exam = Callable[[SiteGrid], float]
@@ -86,17 +86,24 @@ class LayerReader:
         depthwise = isinstance(self.layer, nn.Conv2d) and self.layer.groups > 1
         judge = self.behind.judge(apply(self.layer, looked, weight, bias))
 
-        def error(grid: SiteGrid) -> float:
-            shift, scale = grid.rescaling.shift, grid.rescaling.scale
+        def moved(by: Rescaling) -> tuple[Tensor, Tensor, Tensor]:
+            """Return inputs, rounded weight and bias in a rescaling's units."""
             if depthwise:
-                rescaled = weight * scale.reshape(-1, *[1] * (weight.ndim - 1))
-                moved = bias
-            else:
-                rescaled = weight * along_channels(scale, weight.ndim)
-                summed = (weight * along_channels(shift, weight.ndim)).flatten(1).sum(dim=1)
-                moved = bias + summed
-            inputs = fake_quantize(grid.rescaling.apply(looked), grid.parameters)
-            return judge(apply(self.layer, inputs, nearest(rescaled, self.grid), moved))
+                rows = weight * by.scale.reshape(-1, *[1] * (weight.ndim - 1))
+                return by.apply(looked), nearest(rows, self.grid), bias
+            columns = weight * along_channels(by.scale, weight.ndim)
+            summed = (weight * along_channels(by.shift, weight.ndim)).flatten(1).sum(dim=1)
+            return by.apply(looked), nearest(columns, self.grid), bias + summed
+
+        last: list[tuple[Rescaling, tuple[Tensor, Tensor, Tensor]]] = []
+
+        def error(grid: SiteGrid) -> float:
+            if not last or last[0][0] is not grid.rescaling:
+                last[:] = [(grid.rescaling, moved(grid.rescaling))]
+            inputs, rounded, shifted = last[0][1]
+            return judge(
+                apply(self.layer, fake_quantize(inputs, grid.parameters), rounded, shifted)
+            )
 
         return error
 

@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from calib.probe import Reader
     from pipeline.arithmetic import WeightGrid
     from pipeline.convnext import ConvNeXt
+    from pipeline.records import Rounding
     from pipeline.trace import Place
     from pipeline.worker import Progress
 
@@ -273,18 +274,26 @@ class _Walk:
         site = self.grids[self.structure.reads[name]]
         scale = site.parameters.scale if self.bits else None
         plain = unrounded(module, site.rescaling, scale)
+        how = self._rounding(name)
         out = {FLOAT: module(x[FLOAT])}
         for profile in PROFILES:
             grid = self._weight_grid(name, profile)
             if profile not in self.lanes:
-                self._keep(name, profile, rounded(plain, grid, self.how.rounding))
+                self._keep(name, profile, rounded(plain, grid, how))
                 continue
-            layer = rounded(plain, grid, self.how.rounding, x[FLOAT], x[profile])
+            layer = rounded(plain, grid, how, x[FLOAT], x[profile])
             if self.how.correct_bias:
                 layer = layer.corrected(mean_error(out[FLOAT], layer(x[profile])))
             out[profile] = layer(x[profile])
             self._keep(name, profile, layer)
         return out
+
+    def _rounding(self, name: str) -> Rounding:
+        """Return how a layer's weights are rounded: carefully where they are what is lost."""
+        if self.how.rounding != "auto":
+            return self.how.rounding
+        few = self._weight_grid(name, "full").bits == FEW_BITS
+        return "gptq" if few or self.bits != BITS else "nearest"
 
     def _weight_grid(self, name: str, profile: Profile) -> WeightGrid:
         kind = layer_kind(name)

@@ -270,11 +270,17 @@ class _Run:
         )
 
     def _integers(self) -> Wanted:
-        """Say what the integers are made for: the widest placement of all artifacts."""
+        """Say what the integers are made for: the widest placement of all artifacts.
+
+        Where none is asked, that of every runtime's default, so that a runtime that is exported
+        later gets the same integers.
+        """
         scheme = self.recipe.scheme
         if scheme == "float":
             return Wanted(calibration=Calibration(method="min-max"))  # no artifact will hold them
-        placements = {self._wanted(target, scheme).placement for target in self.targets}
+        asked = self.recipe.placement
+        targets = base.runtimes().values() if asked is None else self.targets
+        placements = {placement_of(target, asked) for target in targets}
         return Wanted(
             scheme=scheme,
             placement=widest(placements),

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from pipeline.errors import MissingRuntimeError, UsageError
 from pipeline.placements import PLACEMENTS
-from pipeline.records import Layer
 from pipeline.store import library_versions
 
 if TYPE_CHECKING:
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.records import Export, Isa, Kind, Proof, Scheme
+    from pipeline.records import Export, Isa, Kind, Layer, Proof, Scheme
     from pipeline.worker import Progress
     from targets.graph import Graph
 

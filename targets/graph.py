@@ -14,12 +14,11 @@ import numpy as np
 from pipeline.arithmetic import dequantize_weight
 
 if TYPE_CHECKING:
-    from pipeline.records import Layer, Quantization
     from collections.abc import Mapping
 
     from numpy.typing import NDArray
 
-    from pipeline.records import Export, QuantizedModel
+    from pipeline.records import Export, Layer, Quantization, QuantizedModel
 
     Arrays = Mapping[str, NDArray[Any]]
 

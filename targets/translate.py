@@ -189,7 +189,7 @@ class _Translator:
 
     # --- rescaling -----------------------------------------------------------------------------
 
-    def _vector(self, place: str, kind: Literal["scale", "shift"]) -> Vector | None:
+    def _vector(self, place: str | None, kind: Literal["scale", "shift"]) -> Vector | None:
         return self.arrays.get(f"rescale/{place}.{kind}")
 
     def _written_scale(self, name: str) -> Vector | None:

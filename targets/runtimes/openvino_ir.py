@@ -197,7 +197,7 @@ class _Emitter:
             case g.Scale():
                 return ov.multiply(x[0], along_rows(op.weight, len(op.shape)))
             case g.Gelu():
-                return ov.gelu(x[0], self.graph.export.gelu)
+                return self._gelu(op, x[0])
             case g.Add():
                 return ov.add(x[0], x[1])
             case g.Mean():
@@ -223,6 +223,14 @@ class _Emitter:
             case g.Linear(shape=(_, _, _)):
                 return self._conv(ov.convolution, op, x, (*shape, 1, 1), 1, 0)
         return ov.add(ov.matmul(x, self._weight(op, shape), False, True), op.values()[1])
+
+    def _gelu(self, op: g.Gelu, x: Any) -> Any:
+        ov, form = self.ov, self.graph.export.gelu
+        if len(op.shape) > 1:
+            return ov.gelu(x, form)
+        # Else OpenVINO fuses a head of two layers into one float op on some CPUs.
+        last = np.array([-1])
+        return ov.squeeze(ov.gelu(ov.unsqueeze(x, last), form), last)
 
     def _norm(self, op: g.Norm, x: Any) -> Any:
         ov = self.ov

@@ -18,7 +18,8 @@ def inputs() -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(IN, IN, generator=generator) / IN**0.5
     sizes = torch.logspace(-1, 1, IN)
-    return torch.randn(POSITIONS, IN, generator=generator) @ mixing * sizes
+    x: torch.Tensor = torch.randn(POSITIONS, IN, generator=generator) @ mixing * sizes
+    return x
 
 
 def weights() -> NDArray[np.float64]:

@@ -82,7 +82,9 @@ def sqnr(given: Given, wanted: Wanted) -> float:
     with torch.inference_mode():
         exact = given.folded(torch.from_numpy(held_out)).numpy()
     made = graph(record, arrays, wanted.placement, wanted.scheme)
-    return sqnr_db(exact, evaluate(made, held_out))
+    found = sqnr_db(exact, evaluate(made, held_out))
+    assert found is not None
+    return found
 
 
 @pytest.mark.parametrize("placement", ["pointwise", "pointwise-io", "all"])

@@ -387,8 +387,11 @@ def test_the_file_holds_the_scales_of_the_record(
     graph = graph_of(quantized, target, "w8a8", "all", "full")
     found = SCALE_READERS[name](written(graph, target, quantized[0], tmp_path))
     if name == "coreml":
-        # coremltools renames an operation now and then, and keeps their order.
-        found = dict(zip(graph.sites, found.values(), strict=True))
+        # coremltools renames an operation now and then, and keeps their order; of two sites of
+        # equal grids behind each other it keeps one.
+        sites = quantized[0].sites
+        kept = [s for s in graph.sites if sites.get(graph[s].inputs[0]) != sites[s]]
+        found = dict(zip(kept, found.values(), strict=True))
     used = set()
     for site in graph.sites:
         # TFLite names a tensor after the layer that writes it, and sites of equal grids share one.
