@@ -291,8 +291,9 @@ def open_images(where: str, purpose: Purpose, label_file: str | None = None) -> 
 
 
 def _source(where: str) -> Source:
-    built_in = {DIGITS: Digits, NOTHING: Synthetic}
-    return built_in[where]() if where in built_in else open_source(where)
+    if where == DIGITS:
+        return Digits()
+    return Synthetic() if where == NOTHING else open_source(where)
 
 
 def _labelled(source: Source, names: Sequence[str], labels: Labels) -> ImageSet:

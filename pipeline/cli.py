@@ -125,7 +125,9 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
         ] = None,
         data: Annotated[
             str | None,
-            typer.Option(help="Folder, zip, tar, parquet or csv of images, or `digits`."),
+            typer.Option(
+                help="Folder, zip, tar, parquet or csv of images; `digits`; `none`: synthetic ones."
+            ),
         ] = None,
         eval_: Annotated[
             str | None,

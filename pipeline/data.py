@@ -73,7 +73,7 @@ def choose(recipe: Recipe, model: Checkpoint, progress: Progress) -> Data:
     if where is None:
         raise UsageError(
             "a checkpoint without data",
-            allowed="--data with a folder, a .zip, or the word digits",
+            allowed="--data with a folder, a .zip, or the words digits or none",
             do="Give --data; a few hundred images of the kind the model will see are enough",
         )
     calibration = _selection(recipe, where, "calibration", recipe.calibration_images)

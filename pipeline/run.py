@@ -194,7 +194,8 @@ class _Run:
             if self.recipe.scheme != "float":
                 record = (quantized / MODEL_FILES[0]).read_bytes()
                 integers = TypeAdapter(QuantizedModel).validate_json(record)
-                calibration = assemble.calibration(integers)
+                source = data.calibration.source.source
+                calibration = assemble.calibration(integers, images=source)
             report = self._report(steps, loaded, model, data, artifacts, calibration)
         store = self.stages.store
         return Finished(report=report, made=tuple(store.made), reused=tuple(store.reused))

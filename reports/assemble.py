@@ -88,12 +88,15 @@ def artifact_row(artifact: Artifact, accuracy: Accuracy, latency: Sequence[Laten
     )
 
 
-def calibration(quantized: QuantizedModel, *, sample: int | None = None) -> Calibration | None:
+def calibration(
+    quantized: QuantizedModel, *, sample: int | None = None, images: str | None = None
+) -> Calibration | None:
     """Lay out what the calibration chose at every site.
 
     Args:
         quantized: What it left.
         sample: How many images the choices were tried on, where that is known.
+        images: Where they came from.
 
     Returns:
         The sites in network order; None where no activation is quantized beforehand.
@@ -110,7 +113,7 @@ def calibration(quantized: QuantizedModel, *, sample: int | None = None) -> Cali
     if not sites:
         return None
     return Calibration(
-        settings=asdict(quantized.calibration),
+        settings=asdict(quantized.calibration) | ({"images": images} if images else {}),
         scheme=quantized.scheme,
         placement=quantized.placement,
         float_layers=quantized.float_layers,

@@ -75,6 +75,11 @@ def sentences(calibration: Calibration) -> tuple[str, ...]:
         said.append(f"No other site lies more than {MARGIN_DB:g} dB below the median.")
     elif len(sites) > 1:
         said.append(f"No site lies more than {MARGIN_DB:g} dB below the median.")
+    if calibration.settings.get("images") == "none":
+        said.append(
+            "Calibrated on synthetic images: a few decibels less than with images of the task"
+            " (docs/calibration.md has what it cost on two networks)."
+        )
     helped = most_helped(sites)
     if helped is not None and helped != worst:
         said.append(

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 KINDS = (
     "a folder of images, a .zip or .tar of one, WebDataset shards (a folder of .tar files or"
     " shards-{000..009}.tar), Hugging Face parquet (a file or a folder), a .csv with path and"
-    " label, or the word digits"
+    " label, or the words digits (scikit-learn's) or none (synthetic images)"
 )
 TAR_ENDINGS = (".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 MAX_SHARDS = 100_000
