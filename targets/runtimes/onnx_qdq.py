@@ -72,7 +72,7 @@ class OnnxRuntime:
         distributions=("onnx", "onnxruntime"),
         schemes=("float", "w8a8", "w4a8", "w8a8-dynamic", "w8"),
         graph_forms=("channels-last linear",),
-        gelu="tanh",
+        gelu="erf",
         unsupported_schemes={
             "w8a16": "onnxruntime has no kernel for 16-bit activations; it would compute in float"
         },
