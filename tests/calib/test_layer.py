@@ -1,0 +1,102 @@
+"""Moving a rescaling into the layers around a site is exact: proven in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from calib.grid import Rescaling, apply
+from calib.layer import rounded, unrounded
+from pipeline.arithmetic import weight_grid
+from pipeline.convnext import Pointwise, seeded
+from pipeline.fold import fold
+from pipeline.records import Architecture, Preprocessing
+
+CHANNELS = 12
+LAYERS: dict[str, nn.Conv2d | nn.Linear] = {
+    "pointwise": Pointwise(CHANNELS, 20),
+    "downsample": nn.Conv2d(CHANNELS, 20, 2, stride=2),
+    "depthwise": nn.Conv2d(CHANNELS, CHANNELS, 7, padding=3, groups=CHANNELS),
+}
+
+
+def rescaling(*, shifted: bool, size: float = 3.0) -> Rescaling:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.randn(CHANNELS, generator=generator, dtype=torch.float64)
+    shift = torch.randn(CHANNELS, generator=generator, dtype=torch.float64) if shifted else None
+    return Rescaling(
+        shift=torch.zeros(CHANNELS, dtype=torch.float64) if shift is None else shift,
+        scale=(size * spread).exp(),
+        strength=1.0,
+    )
+
+
+def inputs() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, CHANNELS, 8, 8, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_what_reads_a_rescaled_site_computes_the_same(name: str) -> None:
+    module = copy.deepcopy(LAYERS[name]).double()
+    by, x = rescaling(shifted=name != "depthwise"), inputs()
+    moved = unrounded(module, by, None)
+    with torch.no_grad():
+        weight, bias = torch.from_numpy(moved.weight), torch.from_numpy(moved.bias)
+        y, expected = apply(module, by.apply(x), weight, bias), module(x)
+    assert float((y - expected).abs().max() / expected.abs().max()) < 1e-12
+
+
+def test_a_layernorm_with_an_affine_writes_the_rescaled_site() -> None:
+    by, x = rescaling(shifted=True), inputs().movedim(1, -1)
+    plain = functional.layer_norm(x, (CHANNELS,), eps=1e-6)
+    y = functional.layer_norm(x, (CHANNELS,), 1 / by.scale, -by.shift / by.scale, 1e-6)
+    expected = by.apply(plain.movedim(-1, 1)).movedim(1, -1)
+    assert float((y - expected).abs().max() / expected.abs().max()) < 1e-12
+
+
+def test_a_residual_stream_can_be_scaled_from_end_to_end() -> None:
+    net = Architecture(depths=(3,), dims=(CHANNELS,), classes=2)
+    stage = fold(seeded(net, 0), Preprocessing(input_size=32)).stages[0].double()
+    scale, x = rescaling(shifted=False).scale, inputs()
+    with torch.no_grad():
+        expected = stage(x)
+        for block in stage.get_submodule("blocks").children():
+            block.depthwise.weight *= scale.reshape(-1, 1, 1, 1)
+            block.pw2.weight /= scale[:, None]
+            block.pw2.bias /= scale
+        y = stage(x / scale[:, None, None]) * scale[:, None, None]
+    assert float((y - expected).abs().max() / expected.abs().max()) < 1e-12
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_integer_layer_is_its_float_layer_but_for_rounding(name: str) -> None:
+    module, by = LAYERS[name], rescaling(shifted=name != "depthwise", size=0.5)
+    by = Rescaling(shift=by.shift.float(), scale=by.scale.float(), strength=1.0)
+    x = inputs().float()
+    shape = tuple(module.weight.shape)
+    grid = weight_grid(shape, "full", depthwise=name == "depthwise")
+    with torch.no_grad():
+        layer = rounded(unrounded(module, by, 0.01), grid, "nearest", x, x)
+        expected = module(x)
+        y = layer(x)
+    assert layer.weight.dtype == np.int8
+    assert layer.bias.dtype == np.int32
+    assert float((y - expected).abs().max() / expected.abs().max()) < 0.02
+
+
+def test_a_bias_correction_moves_the_bias_by_the_mean_error() -> None:
+    module = LAYERS["pointwise"]
+    nothing = Rescaling.identity(CHANNELS)
+    grid = weight_grid(tuple(module.weight.shape), "full", depthwise=False)
+    with torch.no_grad():
+        layer = rounded(unrounded(module, nothing, 0.01), grid, "nearest")
+        moved = layer.corrected(np.full(20, 0.5))
+        x = inputs().float()
+        step = float(layer(x).mean()) + 0.5 - float(moved(x).mean())
+    assert abs(step) < 0.01 * float(layer.scales.max())
