@@ -66,10 +66,12 @@ def test_a_residual_stream_can_be_scaled_from_end_to_end() -> None:
     scale, x = rescaling(shifted=False).scale, inputs()
     with torch.no_grad():
         expected = stage(x)
-        for block in stage.get_submodule("blocks").children():
-            block.depthwise.weight *= scale.reshape(-1, 1, 1, 1)
-            block.pw2.weight /= scale[:, None]
-            block.pw2.bias /= scale
+        tensors = stage.state_dict()
+        for name, tensor in tensors.items():
+            if name.endswith("depthwise.weight"):
+                tensor.mul_(scale.reshape(-1, 1, 1, 1))
+            elif ".pw2." in name:
+                tensor.div_(scale.reshape(-1, *[1] * (tensor.ndim - 1)))
         y = stage(x / scale[:, None, None]) * scale[:, None, None]
     assert float((y - expected).abs().max() / expected.abs().max()) < 1e-12
 
