@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 DAMPING = 0.01
 """Of the mean of a Hessian's diagonal, added to it (GPTQ's own value)."""
+BLOCK = 32
+"""Columns between which errors are passed on at once; later columns get them together."""
 RIDGE = 1.0
 """As damping, of ERQ's correction."""
 ADAROUND_STEPS, ADAROUND_BATCH, ADAROUND_RATE = 1500, 1024, 0.03
@@ -71,16 +73,20 @@ def gptq(
     upper = np.linalg.cholesky(np.linalg.inv(damped)).T
     steps = weight[:, order] / along_rows(scales.astype(np.float64), 2)
     q = np.zeros_like(steps)
-    for j in range(steps.shape[1]):
-        low = np.full(len(steps), -float(grid.limit))
-        high = -low
-        if grid.pairs and j % 2:
-            before = q[:, j - 1]
-            high = np.where(before > 0, np.minimum(high, PAIR_LIMIT - before), high)
-            low = np.where(before < 0, np.maximum(low, -PAIR_LIMIT - before), low)
-        q[:, j] = np.clip(np.rint(steps[:, j]), low, high)
-        error = (steps[:, j] - q[:, j]) / upper[j, j]
-        steps[:, j + 1 :] -= np.outer(error, upper[j, j + 1 :])
+    for start in range(0, steps.shape[1], BLOCK):
+        end = min(start + BLOCK, steps.shape[1])
+        errors = np.zeros((len(steps), end - start))
+        for j in range(start, end):
+            low = np.full(len(steps), -float(grid.limit))
+            high = -low
+            if grid.pairs and j % 2:
+                before = q[:, j - 1]
+                high = np.where(before > 0, np.minimum(high, PAIR_LIMIT - before), high)
+                low = np.where(before < 0, np.maximum(low, -PAIR_LIMIT - before), low)
+            q[:, j] = np.clip(np.rint(steps[:, j]), low, high)
+            errors[:, j - start] = (steps[:, j] - q[:, j]) / upper[j, j]
+            steps[:, j + 1 : end] -= np.outer(errors[:, j - start], upper[j, j + 1 : end])
+        steps[:, end:] -= errors @ upper[start:end, end:]
     chosen = np.empty_like(q)
     chosen[:, order] = q
     integers: NDArray[np.int8] = chosen.astype(np.int8)

@@ -274,7 +274,7 @@ class _Walk:
         site = self.grids[self.structure.reads[name]]
         scale = site.parameters.scale if self.bits else None
         plain = unrounded(module, site.rescaling, scale)
-        how = self._rounding(name)
+        how = self._rounding()
         out = {FLOAT: module(x[FLOAT])}
         for profile in PROFILES:
             grid = self._weight_grid(name, profile)
@@ -288,12 +288,9 @@ class _Walk:
             self._keep(name, profile, layer)
         return out
 
-    def _rounding(self, name: str) -> Rounding:
-        """Return how a layer's weights are rounded: carefully where they are what is lost."""
-        if self.how.rounding != "auto":
-            return self.how.rounding
-        few = self._weight_grid(name, "full").bits == FEW_BITS
-        return "gptq" if few or self.bits != BITS else "nearest"
+    def _rounding(self) -> Rounding:
+        """Return how a layer's weights are rounded."""
+        return "gptq" if self.how.rounding == "auto" else self.how.rounding
 
     def _weight_grid(self, name: str, profile: Profile) -> WeightGrid:
         kind = layer_kind(name)

@@ -254,8 +254,7 @@ class Calibration:
         method: `search` tries ranges and rescalings at every site and keeps what disturbs the
             output of the site's reader least. The others take one kind of range everywhere, round
             to nearest and change nothing else: what the search is held against.
-        rounding: Of weights. `auto` is GPTQ where weights are what is lost, for they have 4
-            bits or the activations more than 8, and nearest elsewhere.
+        rounding: Of weights. `auto` is GPTQ in linear layers and nearest in convolutions.
         rescale: Whether the search may rescale channels.
         correct_bias: Whether the mean error of each layer goes into its bias.
     """
