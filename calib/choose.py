@@ -173,7 +173,7 @@ def choose(
         best = Choice(method=how.method)
     else:
         best = Choice()
-        if how.rescale and free != "none":
+        if how.rescale and free != "none" and len(seen.x) > 1:  # one image cannot judge itself
             best = _rescaled(_Search(seen, bits, free, halved=True))
         best = search.best([best, *(replace(best, method=m) for m in get_args(RangeMethod))])
         if bits == BITS:
