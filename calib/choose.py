@@ -15,7 +15,7 @@ from calib.equalize import STRENGTHS, rescaling, spread, stream_candidates, widt
 from calib.grid import Rescaling, SiteGrid
 from calib.observers import ChannelRange
 from calib.ranges import clipped_range
-from pipeline.arithmetic import BITS, activation_quantization
+from pipeline.arithmetic import BITS, activation_quantization, limits
 from pipeline.records import Range, RangeMethod, SiteCalibration
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class _Search:
         key = (choice.widths, choice.strength, choice.method)
         if key not in self._ranges:
             values = by.apply(data.x) if choice.method != "min-max" else data.x
-            self._ranges[key] = clipped_range(values, data.observed(by), choice.method)
+            self._ranges[key] = clipped_range(values, data.observed(by), choice.method, self.bits)
         low = self._ranges[key].minimum * choice.low
         high = self._ranges[key].maximum * choice.high
         taken = Range(minimum=min(low, high), maximum=max(low, high))
@@ -155,6 +155,7 @@ def choose(
     *,
     free: Literal["shift", "scale", "none"],
     given: Rescaling | None = None,
+    methods: Sequence[RangeMethod] = get_args(RangeMethod),
 ) -> tuple[SiteGrid, SiteCalibration]:
     """Choose what a site does.
 
@@ -164,6 +165,7 @@ def choose(
         bits: Of the grid.
         free: What may be done to its channels: shifted and scaled, scaled, or nothing.
         given: A rescaling settled elsewhere (the residual stream's).
+        methods: The ranges to try. A runtime that takes each tensor's own ends has min-max alone.
 
     Returns:
         The grid, made from all that is known, and what it costs.
@@ -173,22 +175,23 @@ def choose(
         best = Choice(method=how.method)
     else:
         best = Choice()
-        if how.rescale and free != "none" and len(seen.x) > 1:  # one image cannot judge itself
-            best = _rescaled(_Search(seen, bits, free, halved=True))
-        best = search.best([best, *(replace(best, method=m) for m in get_args(RangeMethod))])
-        if bits == BITS:
+        if how.rescale and free != "none":
+            best = _rescaled(_Search(seen, bits, free, halved=True), methods)
+        best = search.best([best, *(replace(best, method=m) for m in methods)])
+        if bits == BITS and len(methods) > 1:
             best = _refined(search, best)
     return _made(search, best)
 
 
-def _rescaled(search: _Search) -> Choice:
+def _rescaled(search: _Search, methods: Sequence[RangeMethod]) -> Choice:
     """Try to make the channels more equal, then the strengths beside the best one."""
-    best = search.best(Choice(method=method) for method in FIRST_RANGES)
+    first = [method for method in FIRST_RANGES if method in methods]
+    best = search.best(Choice(method=method) for method in first)
     for kind in get_args(Widths):
         tried = [
             Choice(widths=kind, strength=strength, method=method)
             for strength in STRENGTHS
-            for method in FIRST_RANGES
+            for method in first
         ]
         found = search.best(tried)
         near = (found.strength - NEAR, found.strength + NEAR)
@@ -241,7 +244,9 @@ def _made(search: _Search, best: Choice) -> tuple[SiteGrid, SiteCalibration]:
         parameters=activation_quantization(seen.observed(nothing), search.bits), rescaling=nothing
     )
     values = by.apply(seen.x)
-    outside = (values < taken.minimum) | (values > taken.maximum)
+    least, most = limits(grid.parameters)
+    steps = values / grid.parameters.scale + grid.parameters.zero_point
+    outside = (steps < least - 0.5) | (steps > most + 0.5)
     return grid, SiteCalibration(
         range_method=best.method,
         strength=by.strength,

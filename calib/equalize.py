@@ -111,5 +111,5 @@ def _scale(width: Tensor, strength: float) -> Tensor:
     widest = width.max()
     if not widest > 0:
         return torch.ones_like(width)
-    floored = torch.maximum(width, widest * NARROWEST)
+    floored = width.clamp(min=max(float(widest) * NARROWEST, torch.finfo(width.dtype).tiny))
     return torch.exp(strength * (floored.log() - floored.log().mean()))

@@ -83,6 +83,16 @@ def apply(module: nn.Conv2d | nn.Linear, x: Tensor, weight: Tensor, bias: Tensor
     return functional.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
 
 
+def drawn(rows: Tensor, most: int) -> Tensor:
+    """Return at most `most` rows of a tensor, drawn without regard to their order.
+
+    Every n-th would be every time the same column of an image.
+    """
+    if len(rows) <= most:
+        return rows
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]]
+
+
 def along_channels(values: Tensor, ndim: int) -> Tensor:
     """Reshape (C,) so that it broadcasts along the second of `ndim` axes."""
     return values.reshape(1, -1, *[1] * (ndim - 2))

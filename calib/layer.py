@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from calib import rounding
-from calib.grid import apply
+from calib.grid import apply, drawn
 from pipeline.arithmetic import (
     FEW_BITS,
     bias_scales,
@@ -123,8 +123,9 @@ def rounded(
     Args:
         layer: What to round.
         grid: What the weights may be.
-        how: The rounding, of linear layers; convolutions are rounded to nearest. Where pairs need
-            headroom, AdaRound gives way to GPTQ.
+        how: The rounding, of linear layers; convolutions are rounded to nearest, and so are layers
+            that read fewer positions than they have inputs. Where pairs need headroom, AdaRound
+            gives way to GPTQ.
         exact: What the layer reads in the float network, (N, in, ...); None with `inputs` None.
         inputs: What it reads in the quantized one; None rounds to nearest on max|w| / limit.
 
@@ -141,6 +142,9 @@ def rounded(
     if how in {"auto", "nearest"} or not isinstance(layer.module, nn.Linear):
         return _made(layer, quantize_weight(layer.weight, scales, grid), scales)
     rows, weight = _rows(read), layer.weight
+    if len(rows) < weight.shape[1]:
+        # Fewer positions than inputs leave directions that no error was seen in.
+        return _made(layer, quantize_weight(layer.weight, scales, grid), scales)
     hessian = rounding.second_moment(rows)
     if few:
         lost = rounding.second_moment(_rows(layer.rescaling.apply(exact)) - rows, rows)
@@ -181,8 +185,7 @@ def _importance(layer: Unrounded, x: Tensor) -> NDArray[np.float64]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    rows = x.movedim(1, -1).flatten(0, -2)
-    return rows[:: max(1, len(rows) // MOST_ROWS)]
+    return drawn(x.movedim(1, -1).flatten(0, -2), MOST_ROWS)
 
 
 def _depthwise(module: nn.Module) -> bool:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from pipeline.errors import DataError
-from pipeline.records import Range
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,10 +22,6 @@ class ChannelRange:
 
     minimum: Tensor
     maximum: Tensor
-
-    def whole(self) -> Range:
-        """Return the range of all channels together."""
-        return Range(minimum=float(self.minimum.min()), maximum=float(self.maximum.max()))
 
     def union(self, other: ChannelRange) -> ChannelRange:
         """Return what both saw."""

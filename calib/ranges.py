@@ -9,12 +9,12 @@ MSE); Migacz, "8-bit Inference with TensorRT", 2017 (entropy).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from calib.grid import fake_quantize
-from pipeline.arithmetic import activation_quantization
+from calib.grid import drawn, fake_quantize
+from pipeline.arithmetic import BITS, activation_quantization
 from pipeline.records import Range
 
 if TYPE_CHECKING:
@@ -29,40 +29,43 @@ SHRINK = tuple(1 - 0.08 * i for i in range(9))
 BINS, LEVELS = 4096, 256
 
 
-def clipped_range(values: Tensor, observed: Range, method: RangeMethod) -> Range:
+def clipped_range(
+    values: Tensor, observed: Range, method: RangeMethod, bits: Literal[8, 16] = 8
+) -> Range:
     """Return the range that a method takes for a tensor.
 
     Args:
-        values: A sample of it, any shape, float32; at most `MOST_VALUES` of them are looked at.
+        values: A sample of it, any shape, float32; `MOST_VALUES` of more are drawn.
         observed: The least and the greatest value of all the data.
         method: `min-max`: all of it. `percentile`: what leaves 1 - `PERCENTILE` outside on each
             side. `mse`: the ends, each shrunk on its own, that round the values with the least
             squared error. `entropy`: the shrinking that keeps the histogram's divergence least.
 
+        bits: Of the grid. Entropy is defined on 256 levels; of more, it takes all of the range.
+
     Returns:
         A range within `observed`.
     """
-    if method == "min-max":
+    if method == "min-max" or (method == "entropy" and bits != BITS):
         return observed
-    flat = values.flatten()
-    flat = flat[:: max(1, len(flat) // MOST_VALUES)]
+    flat = drawn(values.flatten(), MOST_VALUES)
     match method:
         case "percentile":
             ends = torch.quantile(flat, torch.tensor([1 - PERCENTILE, PERCENTILE]))
             low, high = (float(end) for end in ends)
         case "mse":
-            low, high = _least_squares(flat, observed)
+            low, high = _least_squares(flat, observed, bits)
         case "entropy":
             low, high = _least_divergence(flat, observed)
     low, high = max(low, observed.minimum), min(high, observed.maximum)
     return Range(minimum=min(low, high), maximum=max(low, high))
 
 
-def _least_squares(x: Tensor, observed: Range) -> tuple[float, float]:
+def _least_squares(x: Tensor, observed: Range, bits: Literal[8, 16]) -> tuple[float, float]:
     low, high = observed.minimum, observed.maximum
 
     def error(low: float, high: float) -> float:
-        grid = activation_quantization(Range(minimum=low, maximum=high))
+        grid = activation_quantization(Range(minimum=low, maximum=high), bits)
         return float((fake_quantize(x, grid) - x).square().sum())
 
     high = min((high * f for f in SHRINK), key=lambda end: error(low, max(end, low)))

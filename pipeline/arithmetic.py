@@ -153,7 +153,8 @@ def weight_scales(
     scale = np.where(scale < SMALLEST_SCALE, 1.0, scale)
     factors = [1.0]
     if importance is not None:
-        factors = list(np.linspace(SMALLEST_FACTOR[grid.bits], 1.0, SEARCH_STEPS))
+        # From 1 down: of equal errors the scale that clips nothing is taken.
+        factors = list(np.linspace(1.0, SMALLEST_FACTOR[grid.bits], SEARCH_STEPS))
     if grid.pairs:
         factors += list(np.linspace(1.0, 2 * WEIGHT_LIMIT / PAIR_LIMIT, HEADROOM_STEPS))[1:]
     best, least = scale, np.full(len(weight), np.inf)

@@ -49,7 +49,8 @@ def explain(out: Path) -> dict[str, Any]:
     """
     report = read_report(out) if (out / REPORT).exists() else None
     calibration = report.calibration if report is not None else None
-    if calibration is None and (report is None or (out / MODEL / PARAMS).exists()):
+    older = report is not None and "calibration" not in report.model_fields_set
+    if report is None or (older and (out / MODEL / PARAMS).exists()):
         calibration = _of_model(out)
     rows = report.artifacts if report is not None else ()
     accuracy = [

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ from pipeline.records import (
     Preprocessing,
     Profile,
     QuantizedModel,
+    RangeMethod,
     Selection,
     SiteCalibration,
     Wanted,
@@ -130,7 +131,7 @@ def quantize(
         labels=labels,
         scheme=wanted.scheme,
         placement=wanted.placement,
-        calibration=wanted.calibration,
+        calibration=walk.how,
         float_layers=wanted.float_layers,
         sites={name: grid.parameters for name, grid in walk.grids.items()},
         chosen=walk.chosen,
@@ -146,6 +147,11 @@ class _Walk:
         self.given = given
         self.wanted = wanted
         self.how = wanted.calibration
+        if len(given.sample) == 1:
+            # What is fitted to one image cannot be judged by another.
+            self.how = Calibration(
+                method="min-max", rounding="nearest", rescale=False, correct_bias=False
+            )
         self.bits = ACTIVATION_BITS.get(wanted.scheme)
         """Of activations; None where the scheme quantizes none beforehand."""
         self.graph, self.modules = trace(given.folded)
@@ -199,22 +205,27 @@ class _Walk:
     # --- sites ---------------------------------------------------------------------------------
 
     def _site(self, name: str, x: Lanes) -> Lanes:
-        """Choose a site's grid; a site outside the placement gets the plain one."""
+        """Choose a site's grid; one outside the placement needs none."""
+        if name not in self.quantized:
+            return x
         place, seen = self.structure.places[name], self._seen(name, x[FLOAT])
-        quantizes = name in self.quantized and self.bits is not None
-        free = FREEDOMS[place.freedom]
-        how, bits = self.how, self.bits or BITS
-        if name not in self.quantized or (self.wanted.scheme == "w8"):
-            how, free = Calibration(method="min-max"), "none"
-        grid, found = choose(seen, how, bits, free=free, given=self._of_stream(name, place))
+        how, free = self.how, FREEDOMS[place.freedom]
+        methods: tuple[RangeMethod, ...] = get_args(RangeMethod)
+        if self.bits is None:
+            # The runtime takes a tensor's own ends (w8a8-dynamic), or no grid at all (w8).
+            methods = ("min-max",)
+            if self.wanted.scheme == "w8" or place.freedom is not Freedom.NORM:
+                how = Calibration(method="min-max")
+        bits, given = self.bits or BITS, self._of_stream(name, place)
+        grid, found = choose(seen, how, bits, free=free, given=given, methods=methods)
         self.grids[name] = grid
-        if quantizes:
+        if self.bits is not None:
             self.chosen[name] = found
         if not grid.rescaling.changes_nothing and place.freedom is not Freedom.STREAM:
             self.arrays[f"rescale/{name}.scale"] = grid.rescaling.scale.numpy()
             if place.freedom is Freedom.NORM:
                 self.arrays[f"rescale/{name}.shift"] = grid.rescaling.shift.numpy()
-        if not quantizes:
+        if self.bits is None:
             return x
         return {lane: value if lane == FLOAT else grid(value) for lane, value in x.items()}
 
@@ -355,7 +366,7 @@ def quantize_stage(
     parents: dict[str, str],
     folder: str,
     progress: Progress,
-) -> None:
+) -> dict[str, Any]:
     """Fold a checkpoint and quantize it.
 
     Args:
@@ -367,6 +378,9 @@ def quantize_stage(
         parents: Name to sha256 of what the model is made from.
         folder: Takes params.json and tensors.safetensors.
         progress: Called per site and layer.
+
+    Returns:
+        `sample`: how many images the choices were tried on.
     """
     record, tensors = checkpoint.read(Path(model))
     how = TypeAdapter(Preprocessing).validate_python(preprocessing)
@@ -384,6 +398,7 @@ def quantize_stage(
         progress=progress,
     )
     write(Path(folder), quantized, arrays)
+    return {"sample": len(given.sample)}
 
 
 def write(folder: Path, record: QuantizedModel, arrays: Mapping[str, NDArray[Any]]) -> None:

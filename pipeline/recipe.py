@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import UsageError
 from pipeline.records import (
@@ -134,9 +134,20 @@ class Recipe(_Strict):
     gate: Budget | None = None
     baseline: str | None = None
 
+    @model_validator(mode="after")
+    def _rounding_belongs_to_the_search(self) -> Recipe:
+        if self.method != "search" and self.rounding not in {"auto", "nearest"}:
+            msg = f"rounding {self.rounding} goes with method search, not {self.method}"
+            raise ValueError(msg)
+        return self
+
     def calibration(self) -> Calibration:
         """Return how scales and integers are chosen."""
-        return Calibration(method=self.method, rounding=self.rounding)
+        if self.method == "search":
+            return Calibration(method="search", rounding=self.rounding)
+        return Calibration(
+            method=self.method, rounding="nearest", rescale=False, correct_bias=False
+        )
 
 
 def load_recipe(path: Path | None, overrides: Mapping[str, Any]) -> Recipe:

@@ -188,14 +188,16 @@ class _Run:
         write_atomic(self.out / RECIPE, self.recipe.model_dump_json(indent=2).encode())
         report = None
         if steps.export:
-            artifacts = self._export(quantized)
+            artifacts = self._export(quantized.folder)
             data = data.without(calibration=calibrated.value["skipped"])
             calibration = None
             if self.recipe.scheme != "float":
-                record = (quantized / MODEL_FILES[0]).read_bytes()
+                record = (quantized.folder / MODEL_FILES[0]).read_bytes()
                 integers = TypeAdapter(QuantizedModel).validate_json(record)
                 source = data.calibration.source.source
-                calibration = assemble.calibration(integers, images=source)
+                calibration = assemble.calibration(
+                    integers, sample=quantized.value["sample"], images=source
+                )
             report = self._report(steps, loaded, model, data, artifacts, calibration)
         store = self.stages.store
         return Finished(report=report, made=tuple(store.made), reused=tuple(store.reused))
@@ -331,7 +333,7 @@ class _Run:
             preprocessing=how,
         )
 
-    def _quantize(self, loaded: Done, checkpoint: Checkpoint, data: Data, calibrated: Done) -> Path:
+    def _quantize(self, loaded: Done, checkpoint: Checkpoint, data: Data, calibrated: Done) -> Done:
         how, wanted = asdict(self.preprocessing), asdict(self._integers())
         parents = {"checkpoint": checkpoint.sha256, "calibration": data.calibration.source.sha256}
         inputs = {**parents, "loaded": loaded.folder.name}
@@ -358,7 +360,7 @@ class _Run:
                 shutil.rmtree(self.out / folder, ignore_errors=True)
             for name in (REPORT, JUNIT, SUMMARY):
                 (self.out / name).unlink(missing_ok=True)
-        return quantized.folder
+        return quantized
 
     def _export(self, model: Path) -> list[Artifact]:
         hashes = {name: sha256_file(model / name) for name in MODEL_FILES}

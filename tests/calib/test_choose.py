@@ -66,6 +66,14 @@ def test_without_a_search_nothing_is_rescaled(method: str) -> None:
     assert found.strength == 0
 
 
+def test_what_lies_outside_the_grid_is_what_is_clipped() -> None:
+    x = 5 + 5 * torch.rand(64, CHANNELS, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        _, found = choose(seen(x), Calibration(method="min-max"), 8, free="none")
+    # The grid begins at 0, whatever the range.
+    assert found.clipped == 0
+
+
 def test_a_site_that_must_not_be_rescaled_is_not() -> None:
     with torch.no_grad():
         grid, found = choose(seen(tensor(100.0)), Calibration(), 8, free="none")

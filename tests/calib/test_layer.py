@@ -15,9 +15,10 @@ from calib.layer import rounded, unrounded
 from pipeline.arithmetic import weight_grid
 from pipeline.convnext import Pointwise, seeded
 from pipeline.fold import fold
-from pipeline.records import Architecture, Preprocessing
+from pipeline.records import Architecture, Preprocessing, Rounding
 
 CHANNELS = 12
+ROUNDINGS: tuple[Rounding, ...] = ("gptq", "nearest")
 LAYERS: dict[str, nn.Conv2d | nn.Linear] = {
     "pointwise": Pointwise(CHANNELS, 20),
     "downsample": nn.Conv2d(CHANNELS, 20, 2, stride=2),
@@ -90,6 +91,19 @@ def test_an_integer_layer_is_its_float_layer_but_for_rounding(name: str) -> None
     assert layer.weight.dtype == np.int8
     assert layer.bias.dtype == np.int32
     assert float((y - expected).abs().max() / expected.abs().max()) < 0.02
+
+
+def test_a_layer_that_sees_fewer_positions_than_inputs_is_rounded_to_nearest() -> None:
+    module = LAYERS["pointwise"]
+    grid = weight_grid(tuple(module.weight.shape), "full", depthwise=False)
+    of = unrounded(module, Rescaling.identity(CHANNELS), 0.01)
+    found = []
+    for positions in (CHANNELS - 1, 40 * CHANNELS):
+        x = torch.randn(positions, CHANNELS, generator=torch.Generator().manual_seed(0))
+        x += x[:, :1]  # correlated, or GPTQ is rounding to nearest
+        gptq, nearest = (rounded(of, grid, how, x, x).weight for how in ROUNDINGS)
+        found.append(bool((gptq == nearest).all()))
+    assert found == [True, False]
 
 
 def test_a_bias_correction_moves_the_bias_by_the_mean_error() -> None:

@@ -57,6 +57,24 @@ def test_mse_rounds_with_no_more_error_than_min_max(outlier: float) -> None:
     assert error(clipped_range(x, observed(x), "mse")) <= error(observed(x))
 
 
+@pytest.mark.parametrize("method", ["percentile", "mse", "entropy"])
+def test_the_sample_is_not_one_column_of_every_image(method: RangeMethod) -> None:
+    x = 2 * torch.rand(64, 32, 16, 16, generator=torch.Generator().manual_seed(0)) - 1
+    x[..., 0] /= 100
+    x[..., 0, :] /= 100
+    order = torch.randperm(x.numel(), generator=torch.Generator().manual_seed(1))
+    taken, shuffled = (
+        clipped_range(t, observed(x), method).maximum for t in (x, x.flatten()[order])
+    )
+    assert taken == pytest.approx(shuffled, rel=0.1)
+
+
+def test_sixteen_bits_need_less_clipping_than_eight() -> None:
+    x = values(9.0)
+    ends = [clipped_range(x, observed(x), method, 16).maximum for method in ("mse", "entropy")]
+    assert ends == [9.0, 9.0]
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("constant", [0.0, 2.5, -2.5])
 def test_a_constant_tensor_is_no_trouble(method: RangeMethod, constant: float) -> None:

@@ -259,6 +259,14 @@ def test_a_row_of_zeros_is_exact_and_keeps_its_bias(
     assert back[1] == 0.0
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_row_of_zeros_keeps_scale_one_where_scales_are_searched(bits: int) -> None:
+    weight = np.array([[0.0, 0.0], [1.0, 0.3]], np.float32)
+    of = arithmetic.weight_grid(weight.shape, "full", depthwise=False, bits=bits)
+    scales = arithmetic.weight_scales(weight, np.zeros(2), 1.0, of, np.ones((1, 2)))
+    assert scales[0] == 1.0
+
+
 def test_a_large_bias_raises_its_own_scale_only() -> None:
     weight = np.full((2, 4), 1e-6, np.float32)
     bias = np.array([1000.0, 0.0], np.float32)

@@ -158,6 +158,11 @@ def test_the_report_goes_before_the_model(run_dir: Path) -> None:
     (run_dir / MODEL / PARAMS).write_bytes(to_json(changed))
     assert explain(run_dir)["worst"] == [BAD]
     write_report(run_dir / "report.json", _report(None))
+    # A run of float artifacts: the model beside it is in none of them.
+    assert explain(run_dir)["calibration"] is None
+    older = json.loads((run_dir / "report.json").read_text())
+    del older["calibration"]
+    (run_dir / "report.json").write_text(json.dumps(older))
     facts = explain(run_dir)
     assert facts["worst"] == ["stages.0.blocks.0.dw_in"]
     assert [row["artifact"] for row in facts["accuracy"]] == ["onnx w8a8"]

@@ -185,6 +185,14 @@ def test_the_mean_error_of_layers_falls_on_images_held_out(given: Given) -> None
     assert mean_errors(correct=True) < 0.7 * mean_errors(correct=False)
 
 
+def test_one_image_is_not_searched_and_the_record_says_so(given: Given) -> None:
+    one = replace(given, sample=given.sample[:1])
+    plain = Wanted(calibration=Calibration(method="min-max"))
+    assert sqnr(one, Wanted()) == sqnr(one, plain)
+    record, _ = quantize(one, HOW, labels=None, parents={})
+    assert record.calibration.method == "min-max"
+
+
 def test_gamma_and_beta_that_are_scaled_change_nothing() -> None:
     """The same function with channels of every LayerNorm 300 times as large."""
     plain = seeded(NET, 0)

@@ -137,3 +137,10 @@ def test_a_recipe_does_not_change() -> None:
     recipe: Any = Recipe()
     with pytest.raises(ValidationError):
         recipe.seed = 3
+
+
+def test_another_rounding_goes_with_the_search_only() -> None:
+    with pytest.raises(UsageError, match="rounding gptq goes with method search"):
+        load_recipe(None, {"method": "min-max", "rounding": "gptq"})
+    said = load_recipe(None, {"method": "min-max"}).calibration()
+    assert (said.rounding, said.rescale, said.correct_bias) == ("nearest", False, False)
