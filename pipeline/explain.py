@@ -18,7 +18,7 @@ from pipeline.run import MODEL, MODEL_FILES
 from reports import assemble
 from reports.culprits import culprits, median_db, sentences, worst_first
 from reports.document import REPORT, Calibration, read_report
-from reports.pages import share
+from reports.pages import share, word
 from reports.summary import drop_in_points
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def show(facts: dict[str, Any], console: Console) -> None:
         return
     calibration = Calibration.model_validate(facts["calibration"])
     settings = ", ".join(
-        f"{name.replace('_', ' ')} {_word(value)}" for name, value in calibration.settings.items()
+        f"{name.replace('_', ' ')} {word(value)}" for name, value in calibration.settings.items()
     )
     _say(f"{calibration.scheme}, placement {calibration.placement}; {settings}", console)
     if calibration.float_layers:
@@ -197,7 +197,3 @@ def _say(text: str, console: Console) -> None:
 
 def _text(text: str) -> str:
     return escape(printable(text))
-
-
-def _word(value: object) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

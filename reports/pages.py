@@ -245,7 +245,7 @@ def _environment(*, markdown: bool = False) -> jinja2.Environment:
         "times": lambda value: _number(value, 1, 2, "×"),
         "plain": lambda value: _DASH if value is None else f"{value:.6g}",
         "share": share,
-        "word": _word,
+        "word": word,
         "human": _human,
         "count": lambda value: _DASH if value is None else f"{value:,}",
         "slot": slot_of,
@@ -271,7 +271,8 @@ def share(value: float) -> str:
     return f"{value * 100:.2f} %"
 
 
-def _word(value: object) -> str:
+def word(value: object) -> str:
+    """Return a setting as a person says it: yes and no for booleans."""
     return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
 
 
