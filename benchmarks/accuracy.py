@@ -52,7 +52,12 @@ class Ours(NamedTuple):
     note: str | None = None
 
 
-OURS: tuple[Ours, ...] = (Ours("w8a8", "pointwise"), Ours("w8a8", "all"))
+OURS: tuple[Ours, ...] = (
+    Ours("w8a8", "pointwise"),
+    Ours("w8a8", "all"),
+    Ours("w8a8-dynamic", "pointwise", ("onnx", "tflite")),
+    Ours("w8a8-dynamic", "all", ("onnx", "tflite")),
+)
 """The float artifacts come along with the first."""
 ROOT, LONGEST = Path(__file__).parents[1], 400
 PACKAGES = (
