@@ -210,8 +210,9 @@ def make_ours(out: Path, kept: Path, recipe: Mapping[str, Any]) -> list[Row]:
         One row per artifact, with its path.
     """
     from pipeline.display import Display
+    from pipeline.exports import ARTIFACTS
     from pipeline.recipe import Recipe
-    from pipeline.run import ARTIFACTS, Steps, execute
+    from pipeline.run import Steps, execute
 
     wanted = Recipe.model_validate(recipe)
     finished = execute(wanted, out, Steps(verify=False, bench=False), Display())

@@ -58,7 +58,7 @@ FILTERS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
-FEW = 3
+FEW, AT_A_TIME = 3, 8
 
 
 class Unreadable(DataError):  # noqa: N818 - it says what the image is
@@ -184,6 +184,31 @@ def batches(
             entries, pixels = [], []
     if entries:
         yield tuple(entries), np.stack(pixels)
+
+
+def first_pixels(images: ImageSet, preprocessing: Preprocessing, n: int) -> Pixels:
+    """Return the pixels of the first images that can be decoded.
+
+    Args:
+        images: The set.
+        preprocessing: How.
+        n: At most so many.
+
+    Returns:
+        float32 (N, channels, input_size, input_size), as of `preprocess`.
+
+    Raises:
+        DataError: Not one image can be decoded.
+    """
+    taken: list[Pixels] = []
+    skipped: list[str] = []
+    for _, pixels in batches(images, preprocessing, AT_A_TIME, skipped=skipped):
+        taken.append(pixels)
+        if sum(map(len, taken)) >= n:
+            break
+    if not taken:
+        check_readable(images.label, len(images.entries), skipped)
+    return np.ascontiguousarray(np.concatenate(taken)[:n])
 
 
 def check_readable(label: str, total: int, skipped: Sequence[str]) -> None:

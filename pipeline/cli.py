@@ -159,6 +159,13 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
         rounding: Annotated[
             str | None, typer.Option(help="Of weights: auto, nearest, gptq or adaround.")
         ] = None,
+        max_drop: Annotated[
+            float | None,
+            typer.Option(help="Leave layers in float until top-1 drops by at most so many points."),
+        ] = None,
+        float_layers: Annotated[
+            str | None, typer.Option(help="Comma-separated layers that stay float.")
+        ] = None,
         out: Annotated[Path, typer.Option(help="The run folder.")] = DEFAULT_OUT,
         calibration_images: Annotated[int | None, typer.Option(help="At most this many.")] = None,
         eval_images: Annotated[int | None, typer.Option(help="At most this many.")] = None,
@@ -210,6 +217,8 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
                 "placement": placement,
                 "method": method,
                 "rounding": rounding,
+                "max_drop": max_drop,
+                "float_layers": tuple(words.listed(float_layers)) if float_layers else None,
                 "calibration_images": calibration_images,
                 "eval_images": eval_images,
                 "seed": seed,

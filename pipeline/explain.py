@@ -13,9 +13,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from pipeline.errors import ArtifactError, printable
-from pipeline.records import QuantizedModel
-from pipeline.run import MODEL, MODEL_FILES
-from reports import assemble
+from pipeline.exports import MODEL_FILES
+from pipeline.records import QuantizedModel, Tuning
+from pipeline.run import MODEL
+from reports import assemble, tuning
 from reports.culprits import culprits, median_db, sentences, worst_first
 from reports.document import REPORT, Calibration, read_report
 from reports.pages import share, word
@@ -42,7 +43,8 @@ def explain(out: Path) -> dict[str, Any]:
     Returns:
         `says` (sentences), `calibration` (as in report.json, its sites in network order; null
         where no activation is quantized beforehand), `worst` (names, worst first), `median_db`,
-        and `accuracy` (per artifact measured).
+        `accuracy` (per artifact measured), `tuning` (as in report.json; null without --max-drop)
+        and `tuning_says`.
 
     Raises:
         ArtifactError: The folder has neither a report nor a model, or one is damaged.
@@ -72,7 +74,14 @@ def explain(out: Path) -> dict[str, Any]:
         "worst": [],
         "median_db": None,
         "accuracy": accuracy,
+        "tuning": None,
+        "tuning_says": [],
     }
+    if report is not None and report.tuning is not None:
+        facts |= {
+            "tuning": TypeAdapter(Tuning).dump_python(report.tuning, mode="json"),
+            "tuning_says": list(tuning.sentences(report.tuning)),
+        }
     if calibration is not None:
         facts |= {
             "says": list(sentences(calibration)),
@@ -88,6 +97,7 @@ def show(facts: dict[str, Any], console: Console) -> None:
     for sentence in facts["says"]:
         _say(sentence, console)
     _show_accuracy(facts["accuracy"], console)
+    _show_tuning(facts, console)
     if facts["calibration"] is None:
         return
     calibration = Calibration.model_validate(facts["calibration"])
@@ -121,6 +131,30 @@ def show(facts: dict[str, Any], console: Console) -> None:
             str(site.zero_point),
             str(site.bits),
             style="bold red" if site.site in facts["worst"] else None,
+        )
+    _print(table, console)
+
+
+def _show_tuning(facts: dict[str, Any], console: Console) -> None:
+    """Print what stays float and why, and what each layer loses alone."""
+    if facts["tuning"] is None:
+        return
+    for sentence in facts["tuning_says"]:
+        _say(sentence, console)
+    found = TypeAdapter(Tuning).validate_python(facts["tuning"])
+    table = _table("alone in integers")
+    for title in ("SQNR dB", "KL", "MACs", "share", "in float"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in (*tuning.rows(found, "layer"), *tuning.rows(found, "block")):
+        one = row.found
+        table.add_row(
+            _text(one.name),
+            "—" if one.sqnr_db is None else f"{one.sqnr_db:.1f}",
+            f"{one.kl:.2e}",
+            f"{one.macs:,}",
+            share(row.share),
+            ("yes" if one.kind == "layer" else "in part") if row.left else "",
+            style="bold red" if row.left else None,
         )
     _print(table, console)
 

@@ -22,15 +22,16 @@ from targets import base
 from targets.devices.local import isa_flags
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-    from pipeline.data import Data
+    from pipeline.data import Chosen, Data
     from pipeline.stages import Done, Stages
     from pipeline.worker import Progress
 
 SAMPLES = "samples"
 NOT_ASKED_VERIFY = "not asked: run `convnext-edge verify RUN_DIR`"
 NOT_ASKED_BENCH = "not asked: run `convnext-edge bench RUN_DIR`"
+JUDGED_AT_A_TIME = 32
 DATA_LIBRARIES = ("torch", "numpy", "pillow")
 
 
@@ -42,6 +43,23 @@ class Verified:
     accuracies: list[Accuracy]
     agreement: list[Agreement]
     skipped: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Against:
+    """What artifacts are held against: the float network on some images.
+
+    Attributes:
+        n: How many images.
+        reference: The stage that ran it.
+        inputs: That stage's, which every artifact's contains.
+        arguments: Of the stages' functions.
+    """
+
+    n: int
+    reference: Done
+    inputs: dict[str, str]
+    arguments: dict[str, Any]
 
 
 class Verification:
@@ -74,32 +92,12 @@ class Verification:
         """Return the float result, one accuracy per artifact, and every pair's agreement."""
         if data.evaluation is None:
             return self._nothing(artifacts, data.why_not)
-        # A stage's folder is named after all that went into it.
-        inputs = {"loaded": self.loaded.folder.name, "images": data.evaluation.source.sha256}
-        arguments: dict[str, Any] = {
-            "model": str(self.loaded.folder),
-            "selection": asdict(data.evaluation.selection),
-            "preprocessing": self.how,
-        }
-        n = data.evaluation.source.n
-        beside = spare_workers(n, self.stages.cores, beside=min(len(artifacts), self.stages.cores))
-        stage = self._stage("reference", inputs, (), ())
-        if not self.asked and not self.stages.is_done(stage):
+        if not self.asked and not self.stages.is_done(self._reference(data.evaluation)):
             return self._nothing(artifacts, NOT_ASKED_VERIFY)
-        reference = self.stages.do(
-            stage,
-            "pipeline.verify:float_stage",
-            shared=True,
-            workers=spare_workers(n, self.stages.cores),
-            **arguments,
-        )
+        against = self._against(data.evaluation)
 
         def verify(artifact: Artifact) -> tuple[Accuracy, Path | None]:
-            return self._artifact(
-                artifact,
-                inputs,
-                {**arguments, "reference": str(reference.folder), "workers": beside},
-            )
+            return self._artifact(artifact, against, beside=len(artifacts))
 
         results = self.stages.side_by_side(verify, artifacts)
         measured = [
@@ -107,14 +105,56 @@ class Verification:
             for artifact, (_, folder) in zip(artifacts, results, strict=True)
             if folder is not None
         ]
-        accuracies = [accuracy for accuracy, _ in results]
-        value = reference.value
+        value = against.reference.value
         return Verified(
             float_result=FloatResult(top1=value["top1"], n=value["n"]),
-            accuracies=accuracies,
+            accuracies=[accuracy for accuracy, _ in results],
             agreement=self._agreement(measured),
             skipped=tuple(value["skipped"]),
         )
+
+    def judge(self, evaluation: Chosen) -> Callable[[str, Path, str], Accuracy]:
+        """Return what tells the accuracy, on these images, of artifacts of the reference.
+
+        Returns:
+            A function of a stage's name, an artifact that belongs to no run, and its sha256.
+        """
+        against = self._against(evaluation)
+        target = base.runtime("reference")
+
+        def accuracy(name: str, path: Path, sha256: str) -> Accuracy:
+            stage = self._stage(
+                name,
+                {**against.inputs, "artifact": sha256},
+                (type(target).__module__,),
+                target.capabilities.distributions,
+            )
+            what = {"runtime": target.name, "path": str(path), "batch": JUDGED_AT_A_TIME}
+            return self._measured(stage, against, what, beside=1)[0]
+
+        return accuracy
+
+    def _against(self, evaluation: Chosen) -> _Against:
+        """Run the float network, where that is not done, which others are held against."""
+        arguments: dict[str, Any] = {
+            "model": str(self.loaded.folder),
+            "selection": asdict(evaluation.selection),
+            "preprocessing": self.how,
+        }
+        n, stage = evaluation.source.n, self._reference(evaluation)
+        reference = self.stages.do(
+            stage,
+            "pipeline.verify:float_stage",
+            shared=True,
+            workers=spare_workers(n, self.stages.cores),
+            **arguments,
+        )
+        return _Against(n=n, reference=reference, inputs=dict(stage.inputs), arguments=arguments)
+
+    def _reference(self, evaluation: Chosen) -> Stage:
+        # A stage's folder is named after all that went into it.
+        inputs = {"loaded": self.loaded.folder.name, "images": evaluation.source.sha256}
+        return self._stage("reference", inputs, (), ())
 
     def _stage(
         self,
@@ -136,30 +176,36 @@ class Verification:
         )
 
     def _artifact(
-        self, artifact: Artifact, inputs: dict[str, str], arguments: dict[str, Any]
+        self, artifact: Artifact, against: _Against, *, beside: int
     ) -> tuple[Accuracy, Path | None]:
         target = base.runtime(artifact.export.runtime)
         if (cannot := target.can_run()) is not None:
             return Accuracy(outcome="not_run", reason=cannot.reason), None
         stage = self._stage(
             artifact.name,
-            {**inputs, **artifact.files},
+            {**against.inputs, **artifact.files},
             (type(target).__module__,),
             target.capabilities.distributions,
         )
         if not self.asked and not self.stages.is_done(stage):
             return Accuracy(outcome="not_run", reason=NOT_ASKED_VERIFY), None
+        path = str(self.stages.out / artifact.path)
+        what = {"runtime": target.name, "path": path, "batch": artifact.export.batch}
+        return self._measured(stage, against, what, beside=beside)
+
+    def _measured(
+        self, stage: Stage, against: _Against, artifact: dict[str, Any], *, beside: int
+    ) -> tuple[Accuracy, Path | None]:
+        cores = self.stages.cores
         try:
             done = self.stages.do(
                 stage,
                 "pipeline.verify:artifact_stage",
                 shared=True,
-                **arguments,
-                artifact={
-                    "runtime": target.name,
-                    "path": str(self.stages.out / artifact.path),
-                    "batch": artifact.export.batch,
-                },
+                **against.arguments,
+                reference=str(against.reference.folder),
+                workers=spare_workers(against.n, cores, beside=min(beside, cores)),
+                artifact=artifact,
             )
         except (WorkerError, ArtifactError) as error:
             return Accuracy(outcome="failed", reason=str(error)), None
@@ -185,6 +231,21 @@ class Verification:
             agreement=[],
             skipped=(),
         )
+
+
+def time_saved(timed: Iterable[tuple[Artifact, Latency]]) -> dict[str, float]:
+    """Return how much less time the quantized artifacts take than their float ones.
+
+    Returns:
+        Runtime to milliseconds of wall time, of those that were measured.
+    """
+    return {
+        artifact.export.runtime: row.float_wall_p50_ms - row.wall_p50_ms
+        for artifact, row in timed
+        if artifact.export.scheme != "float"
+        and row.float_wall_p50_ms is not None
+        and row.wall_p50_ms is not None
+    }
 
 
 class Timing:

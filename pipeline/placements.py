@@ -5,14 +5,17 @@ In: a word and the network's structure. Out: the names of layers and of sites.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pipeline.errors import UsageError
 from pipeline.records import Layer
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Sequence
 
+    from pipeline.records import Architecture
     from pipeline.trace import Structure
 
 
@@ -57,3 +60,22 @@ def quantized_sites(
     read = {site for layer, site in structure.reads.items() if layer in integer_layers}
     written = {site for layer, site in structure.writes.items() if layer in integer_layers}
     return frozenset(read | written if placement.outputs else read)
+
+
+def check_layers(names: Sequence[str], architecture: Architecture) -> None:
+    """Check that a network has these layers.
+
+    Raises:
+        UsageError: One is not there; the message names those that are most like it.
+    """
+    from pipeline.convnext import empty, layers  # torch is slow to import
+
+    known = [name for name, _, _ in layers(empty(architecture))]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
+            raise UsageError(
+                f"unknown layer: {name}",
+                allowed=f"a layer of this network, such as {', '.join(near)}",
+                do="Correct --float-layers",
+            )

@@ -25,7 +25,7 @@ from calib.choose import Seen, choose, choose_stream
 from calib.collect import load_statistics
 from calib.images import select
 from calib.layer import IntegerLayer, rounded, unrounded
-from calib.preprocess import batches
+from calib.preprocess import first_pixels
 from calib.probe import Behind, FunctionReader, LayerReader
 from calib.rounding import mean_error
 from pipeline import checkpoint
@@ -348,13 +348,7 @@ def sample(selection: Selection, preprocessing: Preprocessing) -> NDArray[np.flo
     Returns:
         float32 (N, C, H, W) in [0, 255], N at most `sample_size`.
     """
-    images = select(selection)
-    wanted, taken = sample_size(preprocessing), list[Any]()
-    for _, pixels in batches(images, preprocessing, 8, workers=0, skipped=[]):
-        taken.append(pixels)
-        if sum(map(len, taken)) >= wanted:
-            break
-    return np.ascontiguousarray(np.concatenate(taken)[:wanted])
+    return first_pixels(select(selection), preprocessing, sample_size(preprocessing))
 
 
 def quantize_stage(

@@ -107,6 +107,9 @@ class Recipe(_Strict):
         placement: Which layers run in integers; None takes each runtime's default.
         method: How ranges and rescalings are chosen: `search`, or one kind of range everywhere.
         rounding: Of weights.
+        max_drop: Layers are left in float until the upper end of the drop's 95 % interval is at
+            most so many percentage points; None leaves none.
+        float_layers: Names of layers that stay float in any case.
     """
 
     checkpoint: str | None = None
@@ -121,6 +124,8 @@ class Recipe(_Strict):
     placement: str | None = None
     method: RangeMethod | Literal["search"] = "search"
     rounding: Rounding = "auto"
+    max_drop: Percent | None = None
+    float_layers: tuple[str, ...] = ()
     calibration_images: PositiveInt = 512
     eval_images: PositiveInt | None = None
     seed: int = 0
@@ -138,6 +143,13 @@ class Recipe(_Strict):
     def _rounding_belongs_to_the_search(self) -> Recipe:
         if self.method != "search" and self.rounding not in {"auto", "nearest"}:
             msg = f"rounding {self.rounding} goes with method search, not {self.method}"
+            raise ValueError(msg)
+        return self
+
+    @model_validator(mode="after")
+    def _a_drop_needs_a_scheme(self) -> Recipe:
+        if self.scheme == "float" and (self.max_drop is not None or self.float_layers):
+            msg = "max_drop and float_layers go with a scheme that has integers, not with float"
             raise ValueError(msg)
         return self
 

@@ -496,6 +496,92 @@ class Agreement:
     placement_b: str | None = None
 
 
+# --- mixed precision ------------------------------------------------------------------------------
+
+
+@_reported
+class Sensitivity:
+    """What a group of layers loses when it alone runs in integers, all else in float.
+
+    Attributes:
+        kind: One layer, or all of a block.
+        name: Of the layer or block.
+        layers: Those of the group.
+        sites: Quantized for it.
+        macs: Multiply-accumulates of one image.
+        weights: How many numbers its layers' weights are.
+        sqnr_db: Of the logits; None where nothing changes.
+        kl: Mean divergence of the class probabilities from the float network's, in nats.
+    """
+
+    kind: Literal["layer", "block"]
+    name: str
+    layers: tuple[str, ...]
+    sites: tuple[str, ...]
+    macs: int
+    weights: int
+    sqnr_db: float | None
+    kl: float
+
+
+@_reported
+class Cost:
+    """What it costs to leave a layer in float.
+
+    Attributes:
+        unit: `ms`: the time that integers save, measured and divided by MACs. Where nothing was
+            measured, `MACs` done in float. Where integers were measured and save no time, `bytes`:
+            three more for every weight.
+        source: Where that comes from, in words.
+        layers: By name.
+    """
+
+    unit: Literal["ms", "MACs", "bytes"]
+    source: str
+    layers: dict[str, float]
+
+
+@_reported
+class Assignment:
+    """Which layers stay float, and what follows.
+
+    Attributes:
+        float_layers: In network order; all others run in integers.
+        cost: The sum of theirs.
+        predicted_sqnr_db: From the sensitivities, as though errors of layers were independent; None
+            where nothing is lost.
+        accuracy: Of the reference on the evaluation images; None where it was not tried.
+    """
+
+    float_layers: tuple[str, ...]
+    cost: float
+    predicted_sqnr_db: float | None
+    accuracy: Accuracy | None = None
+
+
+@_reported
+class Tuning:
+    """How the layers that stay float were chosen.
+
+    Attributes:
+        max_drop_pp: The upper end of the drop's 95 % interval must not exceed it.
+        images: How many calibration images the sensitivities were taken on.
+        sensitivities: Layers in network order, then blocks.
+        cost: Of a layer in float.
+        front: The Pareto front: no other assignment is predicted to lose less at no more cost.
+            Cheapest first.
+        chosen: Index in `front`.
+    """
+
+    max_drop_pp: float
+    profile: Profile
+    images: int
+    sensitivities: tuple[Sensitivity, ...]
+    cost: Cost
+    front: tuple[Assignment, ...]
+    chosen: int
+
+
 def to_json(record: object) -> bytes:
     """Serialise a record (or a container of them) to UTF-8 JSON with a stable key order."""
     return TypeAdapter(type(record)).dump_json(record, indent=2)

@@ -22,49 +22,44 @@ from pipeline.data import choose
 from pipeline.dialect import dialect_modules
 from pipeline.distributed import ranks_here
 from pipeline.errors import ArtifactError, UsageError
+from pipeline.exports import ARTIFACTS, MODEL_FILES, Exports
 from pipeline.locate import locate
-from pipeline.measure import Timing, Verification
-from pipeline.placements import widest
-from pipeline.recipe import NONE, Recipe
+from pipeline.measure import Timing, Verification, time_saved
+from pipeline.placements import check_layers
+from pipeline.recipe import Recipe
 from pipeline.records import (
-    PROFILE_OF_ISA,
-    SCHEMES,
     Artifact,
-    Calibration,
     Checkpoint,
-    Export,
     Preprocessing,
-    Proof,
     QuantizedModel,
-    Wanted,
+    Tuning,
 )
 from pipeline.sidecar import DEFAULT_INPUT_SIZE, GEOMETRY, read_sidecar
 from pipeline.stages import Done, Stages
 from pipeline.store import Stage, publish, sha256_file, write_atomic
+from pipeline.tune import TUNING, Given, Tuner, check_decidable
 from pipeline.worker import end_all
 from reports import assemble, document
 from reports.document import REPORT
 from targets import base
-from targets.base import check_expressible, placement_of
-from targets.devices.local import available_cores, host_isa, isa_flags
+from targets.devices.local import available_cores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pipeline.data import Data
     from pipeline.display import Display
-    from pipeline.records import Accuracy, Latency, Scheme
+    from pipeline.records import Accuracy, Latency
     from pipeline.sidecar import Sidecar
-    from pipeline.worker import Worker
     from reports.document import Report
-    from targets.base import DeviceInfo, Runtime
+    from targets.base import DeviceInfo
 
 EMBEDDED = Path(__file__).parent / "embedded" / "digits.safetensors"
 EMBEDDED_RECIPE = Path(__file__).parent / "embedded" / "recipe.toml"
 
-RECIPE, MODEL, ARTIFACTS = "recipe.json", "model", "artifacts"
-"""Places in a run folder, beside stages/, logs/, samples/ and what `pipeline.conclude` writes."""
-MODEL_FILES = ("params.json", "tensors.safetensors")
+RECIPE, MODEL = "recipe.json", "model"
+"""Places in a run folder, beside artifacts/, stages/, logs/, samples/ and what `pipeline.conclude`
+writes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,17 +155,21 @@ def preprocessing_of(recipe: Recipe, sidecar: Sidecar) -> Preprocessing:
         ) from error
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choices:
+    """What the report says of how the integers were chosen."""
+
+    calibration: document.Calibration | None
+    tuning: Tuning | None
+
+
 class _Run:
     def __init__(self, recipe: Recipe, out: Path, display: Display) -> None:
         _check_place(out)
         self.recipe = recipe
         self.out = out
         self.display = display
-        self.targets = [base.runtime(name) for name in dict.fromkeys(recipe.runtimes)]
-        for target in self.targets:
-            base.require_installed(target)
-            for scheme in self._schemes():
-                check_expressible(self._wanted(target, scheme), target)
+        self.exports = Exports(recipe)
         self.device = base.device(recipe.device)
         self.located = locate(recipe.checkpoint or EMBEDDED)
         self.sidecar = read_sidecar(self.located)
@@ -180,25 +179,26 @@ class _Run:
     def execute(self, steps: Steps) -> Finished:
         self.display.preprocessing(self.preprocessing, self.sidecar.source)
         loaded, model = self._checkpoint()
+        if self.recipe.float_layers:
+            check_layers(self.recipe.float_layers, model.architecture)
         with self.display.stage("data") as progress:
             data = choose(self.recipe, model, progress)
+        if self.recipe.max_drop is not None:
+            check_decidable(self.recipe.max_drop, data)
         calibrated = self._calibrate(loaded, data)
         quantized = self._quantize(loaded, model, data, calibrated)
+        integers = quantized.folder
+        if self.recipe.max_drop is not None:
+            integers = self._tune(self.recipe.max_drop, quantized, loaded, model, data)
+        self._publish(integers)
         # Only now: what was refused must not stand beside the results of an earlier run.
         write_atomic(self.out / RECIPE, self.recipe.model_dump_json(indent=2).encode())
         report = None
         if steps.export:
-            artifacts = self._export(quantized.folder)
+            artifacts = self.exports.write(self.stages, integers)
             data = data.without(calibration=calibrated.value["skipped"])
-            calibration = None
-            if self.recipe.scheme != "float":
-                record = (quantized.folder / MODEL_FILES[0]).read_bytes()
-                integers = TypeAdapter(QuantizedModel).validate_json(record)
-                source = data.calibration.source.source
-                calibration = assemble.calibration(
-                    integers, sample=quantized.value["sample"], images=source
-                )
-            report = self._report(steps, loaded, model, data, artifacts, calibration)
+            chosen = self._choices(integers, quantized, data)
+            report = self._report(steps, loaded, model, data, artifacts, chosen)
         store = self.stages.store
         return Finished(report=report, made=tuple(store.made), reused=tuple(store.reused))
 
@@ -209,30 +209,22 @@ class _Run:
         model: Checkpoint,
         data: Data,
         artifacts: Sequence[Artifact],
-        calibration: document.Calibration | None,
+        chosen: _Choices,
     ) -> Report:
         verification = Verification(
             self.stages, loaded, model, self.preprocessing, asked=steps.verify
         )
         verified = verification.run(artifacts, data)
         data = data.without(evaluation=verified.skipped)
-        for chosen in (data.calibration, data.evaluation):
-            if chosen is not None:
-                self.display.skipped(chosen.source)
-        size = self.preprocessing.input_size
-        batch = 1 if self.recipe.batch == "dynamic" else self.recipe.batch
-        timing = Timing(
-            self.stages,
-            self.device,
-            threads=self.recipe.threads,
-            image_shape=(batch, model.architecture.in_channels, size, size),
-            asked=steps.bench and self.recipe.bench,
-        )
+        for images in (data.calibration, data.evaluation):
+            if images is not None:
+                self.display.skipped(images.source)
+        timing = self._timing(model, asked=steps.bench and self.recipe.bench)
         latencies = timing.run(artifacts)
         report = assemble.report(
             local=_this_machine(),
-            distributions=[d for t in self.targets for d in t.capabilities.distributions],
-            checkpoint=assemble.model(model, loaded.value, size),
+            distributions=[d for t in self.exports.targets for d in t.capabilities.distributions],
+            checkpoint=assemble.model(model, loaded.value, self.preprocessing.input_size),
             data=document.Data(
                 calibration=data.calibration.source,
                 evaluation=data.evaluation.source if data.evaluation else None,
@@ -246,49 +238,12 @@ class _Run:
                 )
             ],
             agreement=verified.agreement,
-            calibration=calibration,
+            calibration=chosen.calibration,
+            tuning=chosen.tuning,
         )
         # What only exported has nothing to be judged by.
         budget = self.recipe.gate if steps.verify or steps.bench else None
         return conclude(report, self.out, budget, baseline=self.recipe.baseline, stages=self.stages)
-
-    # --- settings ------------------------------------------------------------------------------
-
-    def _schemes(self) -> list[Scheme]:
-        """The float artifact always comes along: it is what the others are held against."""
-        return [scheme for scheme in SCHEMES if scheme in {"float", self.recipe.scheme}]
-
-    def _wanted(self, target: Runtime, scheme: Scheme) -> Export:
-        can = target.capabilities
-        isa = self.recipe.isa if self.recipe.isa != "auto" else can.default_isa or host_isa()
-        quantized = scheme != "float"
-        return Export(
-            runtime=target.name,
-            scheme=scheme,
-            placement=placement_of(target, self.recipe.placement) if quantized else NONE,
-            graph_form=can.graph_forms[0],
-            gelu=can.gelu,
-            profile=PROFILE_OF_ISA[isa] if quantized else None,
-            batch=self.recipe.batch,
-        )
-
-    def _integers(self) -> Wanted:
-        """Say what the integers are made for: the widest placement of all artifacts.
-
-        Where none is asked, that of every runtime's default, so that a runtime that is exported
-        later gets the same integers.
-        """
-        scheme = self.recipe.scheme
-        if scheme == "float":
-            return Wanted(calibration=Calibration(method="min-max"))  # no artifact will hold them
-        asked = self.recipe.placement
-        targets = base.runtimes().values() if asked is None else self.targets
-        placements = {placement_of(target, asked) for target in targets}
-        return Wanted(
-            scheme=scheme,
-            placement=widest(placements),
-            calibration=self.recipe.calibration(),
-        )
 
     # --- stages, in the order of the flow ------------------------------------------------------
 
@@ -334,11 +289,11 @@ class _Run:
         )
 
     def _quantize(self, loaded: Done, checkpoint: Checkpoint, data: Data, calibrated: Done) -> Done:
-        how, wanted = asdict(self.preprocessing), asdict(self._integers())
+        how, wanted = asdict(self.preprocessing), asdict(self.exports.integers())
         parents = {"checkpoint": checkpoint.sha256, "calibration": data.calibration.source.sha256}
         inputs = {**parents, "loaded": loaded.folder.name}
         statistics = calibrated.folder / calibrated.value["statistics"]
-        quantized = self.stages.do(
+        return self.stages.do(
             Stage(
                 name="quantize",
                 modules=("pipeline.quantize",),
@@ -354,62 +309,64 @@ class _Run:
             wanted=wanted,
             parents=parents,
         )
-        if publish(quantized.folder, self.out / MODEL, MODEL_FILES):
-            # What an earlier model left is not of this one, and must not be taken for it.
+
+    def _tune(
+        self, max_drop: float, quantized: Done, loaded: Done, model: Checkpoint, data: Data
+    ) -> Path:
+        """Return the folder of a model with as many layers in float as `--max-drop` needs."""
+        exam = data.evaluation
+        assert exam is not None, "check_decidable has seen to it"
+        verification = Verification(self.stages, loaded, model, self.preprocessing, asked=True)
+
+        def saved_ms() -> dict[str, float]:
+            artifacts = self.exports.write(self.stages, quantized.folder, kept=False)
+            rows = self._timing(model, asked=True).run(artifacts)
+            return time_saved(zip(artifacts, rows, strict=True))
+
+        given = Given(
+            base=quantized,
+            calibration=data.calibration,
+            evaluation=exam,
+            preprocessing=self.preprocessing,
+            profile=self.exports.profile(),
+            max_drop_pp=max_drop,
+        )
+        measure = saved_ms if self.recipe.bench else dict
+        judge = verification.judge(exam)
+        return Tuner(self.stages, given, judge=judge, saved_ms=measure).run()
+
+    def _timing(self, model: Checkpoint, *, asked: bool) -> Timing:
+        size = self.preprocessing.input_size
+        batch = 1 if self.recipe.batch == "dynamic" else self.recipe.batch
+        return Timing(
+            self.stages,
+            self.device,
+            threads=self.recipe.threads,
+            image_shape=(batch, model.architecture.in_channels, size, size),
+            asked=asked,
+        )
+
+    def _publish(self, integers: Path) -> None:
+        """Lay the model where a person looks, and take away what an earlier one left."""
+        if publish(integers, self.out / MODEL, MODEL_FILES):
             for folder in (ARTIFACTS, PAGES):
                 shutil.rmtree(self.out / folder, ignore_errors=True)
             for name in (REPORT, JUNIT, SUMMARY):
                 (self.out / name).unlink(missing_ok=True)
-        return quantized
 
-    def _export(self, model: Path) -> list[Artifact]:
-        hashes = {name: sha256_file(model / name) for name in MODEL_FILES}
-
-        def export(target: Runtime) -> list[Artifact]:
-            # One worker for all schemes: the frameworks are slow to import.
-            with self.stages.worker(f"export-{target.name}") as worker:
-                return [
-                    self._artifact(target, self._wanted(target, scheme), model, hashes, worker)
-                    for scheme in self._schemes()
-                ]
-
-        return [item for items in self.stages.side_by_side(export, self.targets) for item in items]
-
-    def _artifact(
-        self,
-        target: Runtime,
-        wanted: Export,
-        model: Path,
-        hashes: dict[str, str],
-        worker: Worker,
-    ) -> Artifact:
-        name = f"{wanted.runtime}-{wanted.scheme}"
-        done = self.stages.do(
-            Stage(
-                name=f"export-{name}",
-                modules=("targets.export", type(target).__module__),
-                inputs=hashes,
-                # The proof is this host's: a runtime chooses its kernels by ISA.
-                settings={**asdict(wanted), "host": isa_flags()},
-                libraries=("torch", "numpy", *target.capabilities.distributions),
+    def _choices(self, integers: Path, quantized: Done, data: Data) -> _Choices:
+        """Read what was chosen on the way to the integers; nothing where no artifact has any."""
+        if self.recipe.scheme == "float":
+            return _Choices(calibration=None, tuning=None)
+        record = TypeAdapter(QuantizedModel).validate_json((integers / MODEL_FILES[0]).read_bytes())
+        tuning = integers / TUNING
+        return _Choices(
+            calibration=assemble.calibration(
+                record, sample=quantized.value["sample"], images=data.calibration.source.source
             ),
-            "targets.export:export_stage",
-            worker=worker,
-            model=str(model),
-            export=asdict(wanted),
-        )
-        made = done.value
-        publish(done.folder, self.out / ARTIFACTS / name, made["files"])
-        return Artifact(
-            export=wanted,
-            path=f"{ARTIFACTS}/{name}/{made['path']}",
-            sha256=made["sha256"],
-            size_bytes=made["size_bytes"],
-            sites=tuple(made["sites"]),
-            proof=Proof(**made["proof"]),
-            files=made["files"],
-            export_seconds=done.seconds,
-            export_peak_memory_bytes=done.peak_memory_bytes,
+            tuning=TypeAdapter(Tuning).validate_json(tuning.read_bytes())
+            if tuning.exists()
+            else None,
         )
 
 

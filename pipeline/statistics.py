@@ -134,6 +134,20 @@ def sqnr_db(reference: Floats, other: Floats) -> float | None:
     return 10 * math.log10(signal / noise) if noise > 0 and signal > 0 else None
 
 
+def divergence(reference: Floats, other: Floats) -> float:
+    """Return the mean Kullback-Leibler divergence of the classes' probabilities, in nats.
+
+    Args:
+        reference: Float logits (n, classes), whose softmax is the distribution that is departed
+            from.
+        other: The same shape.
+    """
+    from scipy.special import log_softmax  # half a second that most runs need not wait
+
+    p, q = (log_softmax(x.astype(np.float64), axis=1) for x in (reference, other))
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
 def percentile(samples: Sequence[float], rank: int) -> float | None:
     """Return a percentile, or None with fewer samples than `MINIMUM_SAMPLES` asks for."""
     if len(samples) < MINIMUM_SAMPLES[rank]:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Checkpoint,
         Latency,
         QuantizedModel,
+        Tuning,
     )
     from targets.base import DeviceInfo
 
@@ -132,6 +133,7 @@ def report(
     artifacts: Sequence[ArtifactRow],
     agreement: Sequence[Agreement],
     calibration: Calibration | None = None,
+    tuning: Tuning | None = None,
 ) -> Report:
     """Put the document together; the gate is still not_run."""
     return Report(
@@ -143,4 +145,5 @@ def report(
         agreement=tuple(agreement),
         gate=Gate(outcome="not_run", checks=()),
         calibration=calibration,
+        tuning=tuning,
     )

@@ -22,6 +22,7 @@ from pipeline.records import (
     Proof,
     RangeMethod,
     Scheme,
+    Tuning,
 )
 from pipeline.store import write_atomic
 
@@ -183,6 +184,7 @@ class Report(_Model):
     calibration: Annotated[
         Calibration | None, Field(description="null where no activation is quantized beforehand")
     ] = None
+    tuning: Annotated[Tuning | None, Field(description="null where no --max-drop was given")] = None
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
 

@@ -1,8 +1,9 @@
 """A report as pages: one for people to look at, and one per device to keep in a repository.
 
-In: a `Report`. Out: index.html and, where there is a calibration, calibration.html, each of which
-stands alone (no script, no network, no other file), and a Markdown page per device. Every number is
-the report's own; a missing one is a dash, with its reason where the report has one.
+In: a `Report`. Out: index.html and, where there is a calibration or a tuning, calibration.html and
+precision.html, each of which stands alone (no script, no network, no other file), and a Markdown
+page per device. Every number is the report's own; a missing one is a dash, with its reason where
+the report has one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import jinja2
 
 from pipeline.statistics import MINIMUM_SAMPLES
 from pipeline.store import write_atomic
+from reports import tuning
 from reports.charts import draw_charts, milliseconds
 from reports.culprits import MARGIN_DB, culprits, median_db, sentences, worst_first
 from reports.drawing import slot_of
@@ -26,10 +28,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from pipeline.records import Latency
+    from pipeline.records import Latency, Tuning
     from reports.document import ArtifactRow, Calibration, Report
 
-INDEX, CALIBRATION = "index.html", "calibration.html"
+INDEX, CALIBRATION, PRECISION = "index.html", "calibration.html", "precision.html"
 CONTENTION = 1.3
 """Wall over CPU time at one thread above which something else had the processor."""
 
@@ -80,6 +82,8 @@ def write_pages(report: Report, folder: Path) -> list[Path]:
     pages = {INDEX: _index(report)}
     if report.calibration is not None:
         pages[CALIBRATION] = _calibration_page(report, report.calibration)
+    if report.tuning is not None:
+        pages[PRECISION] = _precision_page(report, report.tuning)
     timings = list_timings(report)
     for device, name in file_names(dict.fromkeys(t.latency.device for t in timings)).items():
         ours = tuple(timing for timing in timings if timing.latency.device == device)
@@ -187,6 +191,8 @@ def _index(report: Report) -> str:
         detail=functools.partial(tell_apart, report.artifacts),
         calibration_says=sentences(report.calibration) if report.calibration else (),
         calibration_page=CALIBRATION,
+        tuning_says=tuning.sentences(report.tuning) if report.tuning else (),
+        precision_page=PRECISION,
     )
 
 
@@ -206,6 +212,20 @@ def _calibration_page(report: Report, calibration: Calibration) -> str:
         wide=_verbatim(wide),
         narrow=_verbatim(narrow),
         rows=[(site, places[site.site]) for site in worst_first(sites)],
+    )
+
+
+def _precision_page(report: Report, found: Tuning) -> str:
+    page = _environment().get_template("precision.html.j2")
+    return page.render(
+        report=report,
+        tuning=found,
+        chosen=tuning.chosen_of(found),
+        sentences=tuning.sentences(found),
+        chart=_verbatim(tuning.draw_front(found)),
+        layers=tuning.rows(found, "layer"),
+        blocks=tuning.rows(found, "block"),
+        quantity=tuning.quantity,
     )
 
 
