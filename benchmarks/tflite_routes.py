@@ -111,7 +111,7 @@ def shared_graph(work: Path, scheme: Scheme) -> g.Graph:
         scheme=scheme,
         placement="pointwise-io",
         graph_form=RUNTIME.capabilities.graph_forms[0],
-        gelu="tanh",
+        gelu=RUNTIME.capabilities.gelu,
         profile="full" if scheme == "w8a8" else None,
     )
     return build_graph(*read(work), RUNTIME.capabilities, export)

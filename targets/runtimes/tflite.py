@@ -57,7 +57,7 @@ class TfLite:
         distributions=("ai-edge-litert",),
         schemes=SCHEMES,
         graph_forms=("NHWC-native",),
-        gelu="tanh",
+        gelu="erf",
         # Its integer kernels write integers.
         placements=("pointwise-io", "all"),
         float_layers={Layer.HEAD: "an int8 head would round the logits to int8"},
