@@ -104,7 +104,8 @@ def show(facts: dict[str, Any], console: Console) -> None:
     settings = ", ".join(
         f"{name.replace('_', ' ')} {word(value)}" for name, value in calibration.settings.items()
     )
-    _say(f"{calibration.scheme}, placement {calibration.placement}; {settings}", console)
+    images = f"; images {calibration.images}" if calibration.images else ""
+    _say(f"{calibration.scheme}, placement {calibration.placement}; {settings}{images}", console)
     if calibration.float_layers:
         _say(f"float layers: {', '.join(calibration.float_layers)}", console)
     table = _table("site")

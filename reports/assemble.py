@@ -114,10 +114,11 @@ def calibration(
     if not sites:
         return None
     return Calibration(
-        settings=asdict(quantized.calibration) | ({"images": images} if images else {}),
+        settings=asdict(quantized.calibration),
         scheme=quantized.scheme,
         placement=quantized.placement,
         float_layers=quantized.float_layers,
+        images=images,
         sample=sample,
         sites=sites,
     )

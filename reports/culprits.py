@@ -17,6 +17,8 @@ MARGIN_DB = 6.0
 """How far below the median site's SQNR a site stands out."""
 MOST = 5
 """Sites that are marked and named; of more than that none would stand out."""
+NO_IMAGES = "none"
+"""Where synthetic images come from."""
 ALIKE_DB = 0.05
 """Differences below this are none when they are written down."""
 
@@ -75,7 +77,7 @@ def sentences(calibration: Calibration) -> tuple[str, ...]:
         said.append(f"No other site lies more than {MARGIN_DB:g} dB below the median.")
     elif len(sites) > 1:
         said.append(f"No site lies more than {MARGIN_DB:g} dB below the median.")
-    if calibration.settings.get("images") == "none":
+    if calibration.images == NO_IMAGES:
         said.append(
             "Calibrated on synthetic images: a few decibels less than with images of the task"
             " (docs/calibration.md has what it cost on two networks)."

@@ -158,14 +158,16 @@ class Site(_Model):
 class Calibration(_Model):
     """How the grids of the activations were chosen, and which.
 
-    `settings` has the fields of `pipeline.records.Calibration`; `sample` counts the images that
-    the choices were tried on; `sites` is in network order.
+    `settings` has the fields of `pipeline.records.Calibration`; `images` is their source, `none`
+    where they were synthetic; `sample` counts those that the choices were tried on; `sites` is in
+    network order.
     """
 
     settings: dict[str, Any]
     scheme: Scheme
     placement: str
     float_layers: tuple[str, ...] = ()
+    images: str | None = None
     sample: int | None = None
     sites: Annotated[tuple[Site, ...], Field(min_length=1)]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from reports.drawing import (
-    BAD,
     CARD,
     HEAT,
+    INK,
     LINE,
     MUTED,
     SMALL,
@@ -110,7 +110,8 @@ def quantity(value: float, unit: str) -> str:
         return f"{value:.3g} ms"
     for factor, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= factor:
-            return f"{value / factor:.3g} {prefix}{unit}"
+            # Of bytes a prefix is part of the word, of MACs a word of its own.
+            return f"{value / factor:.3g} {prefix}{'B' if unit == 'bytes' else ' MACs'}"
     return f"{value:.3g} {unit}"
 
 
@@ -134,9 +135,8 @@ def draw_front(tuning: Tuning) -> str:
         for point in tuning.front:
             if point.accuracy is not None and point.accuracy.sqnr_db is not None:
                 taken = point == chosen_of(tuning)
-                x, y, colour = 100 * point.cost / total, point.accuracy.sqnr_db, HEAT
-                if taken:
-                    colour = BAD
+                x, y = 100 * point.cost / total, point.accuracy.sqnr_db
+                colour = INK if taken else HEAT
                 _marks(axes, [x], [y], colour, colour, 10 if taken else 6)
         axes.grid(visible=True, color=LINE, linewidth=0.8)
         axes.set_axisbelow(True)

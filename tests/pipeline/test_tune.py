@@ -216,6 +216,12 @@ def test_the_page_has_every_layer_and_the_front(home: Path) -> None:
     assert 'href="precision.html"' in (home / "run" / "pages" / "index.html").read_text()
 
 
+def test_the_embedded_budget_requires_only_what_was_exported(home: Path) -> None:
+    checks = {check.name: check.outcome for check in read_report(home / "run").gate.checks}
+    assert checks["onnx measured"] == "pass"
+    assert not any("openvino" in name or "tflite" in name for name in checks)
+
+
 def test_explain_says_it_too(home: Path) -> None:
     done = cli("explain", "run", cwd=home)
     assert done.returncode == 0, done.stderr

@@ -95,7 +95,7 @@ def test_the_sentences_say_what_the_plain_grid_costs(plain: float, said: str) ->
 
 def test_one_site_alone_is_said_to_be_alone() -> None:
     alone = _calibration([_site("a", 40, 40)])
-    synthetic = alone.model_copy(update={"settings": {"images": "none"}})
+    synthetic = alone.model_copy(update={"images": "none"})
     assert not any("synthetic" in sentence for sentence in sentences(alone))
     assert any("synthetic" in sentence for sentence in sentences(synthetic))
     assert sentences(_calibration([_site("a", 40, 40)]))[0] == "The only site is a with 40.0 dB."
