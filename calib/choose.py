@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from calib.equalize import STRENGTHS, rescaling, spread, stream_candidates, widths
 from calib.grid import Rescaling, SiteGrid
 from calib.observers import ChannelRange
-from calib.ranges import clipped_range
+from calib.ranges import SomeValues, clipped_range
 from pipeline.arithmetic import BITS, activation_quantization, limits
 from pipeline.records import Range, RangeMethod, SiteCalibration
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 FIRST_RANGES: tuple[RangeMethod, ...] = ("min-max", "mse")
 """Tried with every rescaling; the others only with the best one."""
-REFINE = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 1.05, 1.1, 1.2)
+REFINE = (0.5, 0.7, 0.85, 0.95, 1.05)
 """Factors that each end of the best range is tried with."""
 NEAR = 0.125
 """The strengths tried beside the best one."""
@@ -57,7 +58,7 @@ class Choice:
     high: float = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Seen:
     """What is known of a site.
 
@@ -77,6 +78,11 @@ class Seen:
         rows = x.movedim(1, 0).flatten(1)
         channels = ChannelRange(minimum=rows.amin(dim=1), maximum=rows.amax(dim=1))
         return Seen(x=x, channels=channels, reader=self.reader)
+
+    @cached_property
+    def some(self) -> SomeValues:
+        """Some of the tensor's values, drawn once."""
+        return SomeValues.of(self.x)
 
     def observed(self, by: Rescaling) -> Range:
         """Return the range over all images, in rescaled units."""
@@ -104,10 +110,14 @@ class _Search:
     ) -> None:
         self.bits = bits
         self.free = free
-        self._plain = given or Rescaling.identity(seen.x.shape[1])
         halved = halved and len(seen.x) > 1
         self.seen = seen.half() if halved else seen
         self.exam = seen.reader.exam(seen.x[1::2] if halved else seen.x)
+        self.start(given or Rescaling.identity(seen.x.shape[1]))
+
+    def start(self, plain: Rescaling) -> None:
+        """Forget all choices: at strength 0 the channels are rescaled like this from now on."""
+        self._plain = plain
         self._widths: dict[str, ChannelWidths] = {}
         self._rescalings: dict[Any, Rescaling] = {}
         self._ranges: dict[Any, Range] = {}
@@ -129,8 +139,8 @@ class _Search:
         by, data = self._rescaling(choice), self.seen
         key = (choice.widths, choice.strength, choice.method)
         if key not in self._ranges:
-            values = by.apply(data.x) if choice.method != "min-max" else data.x
-            self._ranges[key] = clipped_range(values, data.observed(by), choice.method, self.bits)
+            observed, method = data.observed(by), choice.method
+            self._ranges[key] = clipped_range(data.some, by, observed, method, self.bits)
         low = self._ranges[key].minimum * choice.low
         high = self._ranges[key].maximum * choice.high
         taken = Range(minimum=min(low, high), maximum=max(low, high))
@@ -224,8 +234,11 @@ def choose_stream(sites: Sequence[Seen], bits: Literal[8, 16]) -> Rescaling:
     halves = [seen.half() if len(seen.x) > 1 else seen for seen in sites]
     tried = stream_candidates([half.channels for half in halves])
 
+    searches = [_Search(seen, bits, halved=True) for seen in sites]
+
     def total(index: int) -> float:
-        searches = (_Search(seen, bits, given=tried[index], halved=True) for seen in sites)
+        for search in searches:
+            search.start(tried[index])
         return sum(
             min(search.error(Choice(method=method)) for method in FIRST_RANGES)
             for search in searches
@@ -243,7 +256,7 @@ def _made(search: _Search, best: Choice) -> tuple[SiteGrid, SiteCalibration]:
     plain = SiteGrid(
         parameters=activation_quantization(seen.observed(nothing), search.bits), rescaling=nothing
     )
-    values = by.apply(seen.x)
+    values = seen.some.rescaled(by)
     least, most = limits(grid.parameters)
     steps = values / grid.parameters.scale + grid.parameters.zero_point
     outside = (steps < least - 0.5) | (steps > most + 0.5)

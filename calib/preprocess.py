@@ -13,6 +13,7 @@ import io
 import struct
 import warnings
 import zlib
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -186,29 +187,32 @@ def batches(
         yield tuple(entries), np.stack(pixels)
 
 
-def first_pixels(images: ImageSet, preprocessing: Preprocessing, n: int) -> Pixels:
-    """Return the pixels of the first images that can be decoded.
+def some_pixels(
+    images: ImageSet, preprocessing: Preprocessing, n: int, *, after: int = 0
+) -> Pixels:
+    """Return the pixels of images drawn from a set, the same ones every time.
 
     Args:
         images: The set.
         preprocessing: How.
-        n: At most so many.
+        n: How many; fewer where there are fewer, or where some cannot be decoded.
+        after: Leaves out those that another call draws as its first `after`, where enough remain.
 
     Returns:
-        float32 (N, channels, input_size, input_size), as of `preprocess`.
+        float32 (N, channels, input_size, input_size), as of `preprocess`, in the set's order.
 
     Raises:
-        DataError: Not one image can be decoded.
+        DataError: Not one can be decoded.
     """
-    taken: list[Pixels] = []
+    # A set that was not drawn itself is in the order of its classes.
+    order = np.random.default_rng(0).permutation(len(images.entries))
+    drawn = sorted(order[max(0, min(after, len(order) - n)) :][:n])
+    images = replace(images, entries=tuple(images.entries[index] for index in drawn))
     skipped: list[str] = []
-    for _, pixels in batches(images, preprocessing, AT_A_TIME, skipped=skipped):
-        taken.append(pixels)
-        if sum(map(len, taken)) >= n:
-            break
+    taken = [pixels for _, pixels in batches(images, preprocessing, AT_A_TIME, skipped=skipped)]
     if not taken:
         check_readable(images.label, len(images.entries), skipped)
-    return np.ascontiguousarray(np.concatenate(taken)[:n])
+    return np.concatenate(taken)
 
 
 def check_readable(label: str, total: int, skipped: Sequence[str]) -> None:

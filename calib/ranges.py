@@ -9,17 +9,19 @@ MSE); Migacz, "8-bit Inference with TensorRT", 2017 (entropy).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from calib.grid import drawn, fake_quantize
+from calib.grid import fake_quantize
 from pipeline.arithmetic import BITS, activation_quantization
 from pipeline.records import Range
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from calib.grid import Rescaling
     from pipeline.records import RangeMethod
 
 PERCENTILE = 0.9999
@@ -29,14 +31,42 @@ SHRINK = tuple(1 - 0.08 * i for i in range(9))
 BINS, LEVELS = 4096, 256
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SomeValues:
+    """Values drawn from a tensor, float32 (n,), with the channel of each, int64 (n,)."""
+
+    values: Tensor
+    channels: Tensor
+
+    @staticmethod
+    def of(x: Tensor) -> SomeValues:
+        """Draw at most `MOST_VALUES` of (N, C, ...), without regard to their order."""
+        where = torch.arange(x.numel())
+        if len(where) > MOST_VALUES:
+            # Every n-th would be every time the same column of an image.
+            seeded = torch.Generator().manual_seed(0)
+            where = torch.randint(x.numel(), (MOST_VALUES,), generator=seeded)
+        inner = x[0, 0].numel()
+        return SomeValues(values=x.flatten()[where], channels=where // inner % x.shape[1])
+
+    def rescaled(self, by: Rescaling) -> Tensor:
+        """Return the values in a rescaling's units."""
+        return (self.values - by.shift[self.channels]) / by.scale[self.channels]
+
+
 def clipped_range(
-    values: Tensor, observed: Range, method: RangeMethod, bits: Literal[8, 16] = 8
+    some: SomeValues,
+    by: Rescaling,
+    observed: Range,
+    method: RangeMethod,
+    bits: Literal[8, 16] = 8,
 ) -> Range:
     """Return the range that a method takes for a tensor.
 
     Args:
-        values: A sample of it, any shape, float32; `MOST_VALUES` of more are drawn.
-        observed: The least and the greatest value of all the data.
+        some: Of its values.
+        by: How its channels are rescaled.
+        observed: The least and the greatest value of all the data, rescaled.
         method: `min-max`: all of it. `percentile`: what leaves 1 - `PERCENTILE` outside on each
             side. `mse`: the ends, each shrunk on its own, that round the values with the least
             squared error. `entropy`: the shrinking that keeps the histogram's divergence least.
@@ -48,7 +78,7 @@ def clipped_range(
     """
     if method == "min-max" or (method == "entropy" and bits != BITS):
         return observed
-    flat = drawn(values.flatten(), MOST_VALUES)
+    flat = some.rescaled(by)
     match method:
         case "percentile":
             ends = torch.quantile(flat, torch.tensor([1 - PERCENTILE, PERCENTILE]))

@@ -36,8 +36,9 @@ STEP_DB, STEPS = 0.5, 120
 """Each assignment of the front leaves this much less error than the one before, at least."""
 BYTES_MORE = 3
 """Of a float32 weight over an int8 one."""
-TIE = 1e-6
-"""How little an error counts beside a cost: it only settles which of two equal costs to take."""
+TIE = 1e-4
+"""How little the largest error counts beside the largest cost: it settles which of two costs that
+are all but equal to take."""
 
 
 def layer_costs(found: Sequence[Sensitivity], saved_ms: Mapping[str, float]) -> Cost:
@@ -49,21 +50,25 @@ def layer_costs(found: Sequence[Sensitivity], saved_ms: Mapping[str, float]) -> 
             than its float one, milliseconds; empty where nothing was measured.
 
     Returns:
-        Milliseconds, divided by MACs, mean over the runtimes; MACs where nothing was measured;
-        bytes where integers save no time.
+        Milliseconds, divided by MACs, mean over the runtimes, 0 for those that save none; MACs
+        where nothing was measured; bytes where integers save no time anywhere.
     """
     layers = [row for row in found if row.kind == "layer"]
     total = sum(row.macs for row in layers)
     if not saved_ms:
         costs = {row.name: float(row.macs) for row in layers}
         return Cost(unit="MACs", source="no latency was measured", layers=costs)
-    names = ", ".join(saved_ms)
-    saved = fmean(saved_ms.values())
-    if saved <= 0:
+    saving = [name for name, saved in saved_ms.items() if saved > 0]
+    if not saving:
         costs = {row.name: float(BYTES_MORE * row.weights) for row in layers}
-        return Cost(unit="bytes", source=f"integers save no time in {names}", layers=costs)
+        source = f"integers save no time in {', '.join(saved_ms)}"
+        return Cost(unit="bytes", source=source, layers=costs)
+    saved = fmean(max(saved, 0.0) for saved in saved_ms.values())
+    source = f"measured in {', '.join(saving)}"
+    if lost := [name for name in saved_ms if name not in saving]:
+        source += f"; integers save no time in {', '.join(lost)}"
     costs = {row.name: saved * row.macs / total for row in layers}
-    return Cost(unit="ms", source=f"measured in {names}", layers=costs)
+    return Cost(unit="ms", source=source, layers=costs)
 
 
 def front_stage(
@@ -123,7 +128,9 @@ def front(found: Sequence[Sensitivity], cost: Cost) -> tuple[Assignment, ...]:
             predicted_sqnr_db=-10 * math.log10(left) if left else None,
         )
         # A smaller budget at no more cost: what was there is no longer worth trying.
-        while points and points[-1].cost >= point.cost:
+        while points and (
+            points[-1].cost >= point.cost or math.isclose(points[-1].cost, point.cost)
+        ):
             points.pop()
         points.append(point)
         if not left:
@@ -140,7 +147,13 @@ def _cheapest(
     # Both scaled: a solver's tolerances are absolute.
     value = costs / costs.max() - TIE * errors / errors.max()
     enough = LinearConstraint(errors / most, lb=errors.sum() / most - 1)
-    solved = milp(value, integrality=np.ones(len(errors)), bounds=Bounds(0, 1), constraints=enough)
+    solved = milp(
+        value,
+        integrality=np.ones(len(errors)),
+        bounds=Bounds(0, 1),
+        constraints=enough,
+        options={"mip_rel_gap": 0.0},
+    )
     assert solved.x is not None, "everything in float meets every budget"
     taken: NDArray[np.bool_] = np.round(solved.x).astype(bool)
     return taken

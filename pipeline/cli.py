@@ -218,7 +218,7 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
                 "method": method,
                 "rounding": rounding,
                 "max_drop": max_drop,
-                "float_layers": tuple(words.listed(float_layers)) if float_layers else None,
+                "float_layers": None if float_layers is None else tuple(words.listed(float_layers)),
                 "calibration_images": calibration_images,
                 "eval_images": eval_images,
                 "seed": seed,
@@ -309,7 +309,7 @@ def gate(
     from pipeline.conclude import accept_baseline, judge_again
 
     settings = _stored_recipe(run_dir)
-    asked = _budget(budget) or settings.gate
+    asked = _budget(budget) or settings.budget()
     against = words.absolute(baseline) or settings.baseline
     if accept:
         place = accept_baseline(run_dir, against)

@@ -16,6 +16,7 @@ from pipeline.errors import ArtifactError, printable
 from pipeline.exports import MODEL_FILES
 from pipeline.records import QuantizedModel, Tuning
 from pipeline.run import MODEL
+from pipeline.tune import TUNING
 from reports import assemble, tuning
 from reports.culprits import culprits, median_db, sentences, worst_first
 from reports.document import REPORT, Calibration, read_report
@@ -77,10 +78,11 @@ def explain(out: Path) -> dict[str, Any]:
         "tuning": None,
         "tuning_says": [],
     }
-    if report is not None and report.tuning is not None:
+    tuned = report.tuning if report is not None else _tuning_of_model(out)
+    if tuned is not None:
         facts |= {
-            "tuning": TypeAdapter(Tuning).dump_python(report.tuning, mode="json"),
-            "tuning_says": list(tuning.sentences(report.tuning)),
+            "tuning": TypeAdapter(Tuning).dump_python(tuned, mode="json"),
+            "tuning_says": list(tuning.sentences(tuned)),
         }
     if calibration is not None:
         facts |= {
@@ -186,6 +188,20 @@ def _of_model(out: Path) -> Calibration | None:
             do="Run `convnext-edge quantize` again",
         )
     return assemble.calibration(model)
+
+
+def _tuning_of_model(out: Path) -> Tuning | None:
+    file = out / MODEL / TUNING
+    if not file.exists():
+        return None
+    try:
+        return TypeAdapter(Tuning).validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ArtifactError(
+            f"{file} tells no tuning ({type(error).__name__})",
+            allowed="what `convnext-edge quantize --max-drop` of this version wrote",
+            do="Run `convnext-edge quantize` again",
+        ) from error
 
 
 def _measured(accuracy: Accuracy) -> bool:

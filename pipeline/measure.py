@@ -257,6 +257,7 @@ class Timing:
         threads: For the runtimes.
         image_shape: NCHW of one input.
         asked: Whether to run what is missing, or only to take over what was finished before.
+        kept: Whether the samples are the run's: those that are not stay in their stages.
     """
 
     def __init__(
@@ -267,12 +268,14 @@ class Timing:
         threads: int,
         image_shape: tuple[int, int, int, int],
         asked: bool,
+        kept: bool = True,
     ) -> None:
         self.stages = stages
         self.device = device
         self.threads = threads
         self.image_shape = image_shape
         self.asked = asked
+        self.kept = kept
 
     def run(self, artifacts: Sequence[Artifact]) -> list[Latency]:
         """Return one latency per artifact."""
@@ -318,6 +321,7 @@ class Timing:
             failed = Latency(device=info.name, outcome="failed", reason=str(error))
             return {a.name: failed for a in group}
         kept = f"{SAMPLES}/{info.name}-{target.name}/{benchmark.SAMPLES}"
-        publish(folder, (self.stages.out / kept).parent, (benchmark.SAMPLES,))
+        if self.kept:
+            publish(folder, (self.stages.out / kept).parent, (benchmark.SAMPLES,))
         rows = benchmark.read_latencies(folder, info, threads=self.threads, samples_file=kept)
         return {a.name: rows[a.export.scheme] for a in group}

@@ -62,15 +62,16 @@ def quantized_sites(
     return frozenset(read | written if placement.outputs else read)
 
 
-def check_layers(names: Sequence[str], architecture: Architecture) -> None:
-    """Check that a network has these layers.
+def check_layers(names: Sequence[str], architecture: Architecture, placement: str) -> None:
+    """Check that a network has these layers, and others that run in integers.
 
     Raises:
-        UsageError: One is not there; the message names those that are most like it.
+        UsageError: One is not there; the message names those that are most like it. Or nothing
+            would be left to quantize.
     """
     from pipeline.convnext import empty, layers  # torch is slow to import
 
-    known = [name for name, _, _ in layers(empty(architecture))]
+    known = {name: kind for name, kind, _ in layers(empty(architecture))}
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3, cutoff=0.0)
@@ -79,3 +80,10 @@ def check_layers(names: Sequence[str], architecture: Architecture) -> None:
                 allowed=f"a layer of this network, such as {', '.join(near)}",
                 do="Correct --float-layers",
             )
+    kinds = PLACEMENTS[placement].layers
+    if not any(kind in kinds for name, kind in known.items() if name not in names):
+        raise UsageError(
+            f"--float-layers names every layer that placement {placement} has in integers",
+            allowed="some of them",
+            do="Leave one out, or ask for --scheme float",
+        )

@@ -25,7 +25,7 @@ from calib.choose import Seen, choose, choose_stream
 from calib.collect import load_statistics
 from calib.images import select
 from calib.layer import IntegerLayer, rounded, unrounded
-from calib.preprocess import first_pixels
+from calib.preprocess import some_pixels
 from calib.probe import Behind, FunctionReader, LayerReader
 from calib.rounding import mean_error
 from pipeline import checkpoint
@@ -70,7 +70,7 @@ FLOAT = "float"
 """The lane of the float network."""
 SAMPLE_VALUES = 2**22
 """Numbers in the sample of images: what the walk holds in memory follows from it."""
-MOST_SAMPLED = 256
+MOST_SAMPLED = 192
 FREEDOMS: Mapping[Freedom, Literal["shift", "scale", "none"]] = {
     Freedom.NORM: "shift",
     Freedom.ROWS: "scale",
@@ -343,12 +343,12 @@ def sample_size(preprocessing: Preprocessing) -> int:
 
 
 def sample(selection: Selection, preprocessing: Preprocessing) -> NDArray[np.float32]:
-    """Return the pixels of the first images of a selection that can be decoded.
+    """Return the pixels of some images of a selection.
 
     Returns:
         float32 (N, C, H, W) in [0, 255], N at most `sample_size`.
     """
-    return first_pixels(select(selection), preprocessing, sample_size(preprocessing))
+    return some_pixels(select(selection), preprocessing, sample_size(preprocessing))
 
 
 def quantize_stage(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UsageError
 from pipeline.records import (
@@ -146,12 +146,32 @@ class Recipe(_Strict):
             raise ValueError(msg)
         return self
 
+    @field_validator("float_layers")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(names))
+
     @model_validator(mode="after")
     def _a_drop_needs_a_scheme(self) -> Recipe:
+        if self.scheme == "w8a8-dynamic" and self.max_drop is not None:
+            msg = (
+                "max_drop does not go with w8a8-dynamic: there the runtime quantizes activations,"
+                " and the reference, which decides, does not"
+            )
+            raise ValueError(msg)
         if self.scheme == "float" and (self.max_drop is not None or self.float_layers):
             msg = "max_drop and float_layers go with a scheme that has integers, not with float"
             raise ValueError(msg)
         return self
+
+    def budget(self) -> Budget | None:
+        """Return what the gate asks; `max_drop` is a limit there too, where it has none."""
+        if self.max_drop is None:
+            return self.gate
+        asked = self.gate or Budget()
+        if asked.max_drop_pp is None:
+            asked = asked.model_copy(update={"max_drop_pp": self.max_drop})
+        return asked
 
     def calibration(self) -> Calibration:
         """Return how scales and integers are chosen."""

@@ -546,7 +546,7 @@ class Assignment:
     """Which layers stay float, and what follows.
 
     Attributes:
-        float_layers: In network order; all others run in integers.
+        float_layers: In network order, of those that could run in integers; the others do.
         cost: The sum of theirs.
         predicted_sqnr_db: From the sensitivities, as though errors of layers were independent; None
             where nothing is lost.

@@ -37,7 +37,7 @@ from pipeline.records import (
 from pipeline.sidecar import DEFAULT_INPUT_SIZE, GEOMETRY, read_sidecar
 from pipeline.stages import Done, Stages
 from pipeline.store import Stage, publish, sha256_file, write_atomic
-from pipeline.tune import TUNING, Given, Tuner, check_decidable
+from pipeline.tune import TUNING, Basis, Tuner, check_decidable
 from pipeline.worker import end_all
 from reports import assemble, document
 from reports.document import REPORT
@@ -180,7 +180,8 @@ class _Run:
         self.display.preprocessing(self.preprocessing, self.sidecar.source)
         loaded, model = self._checkpoint()
         if self.recipe.float_layers:
-            check_layers(self.recipe.float_layers, model.architecture)
+            placement = self.exports.integers().placement
+            check_layers(self.recipe.float_layers, model.architecture, placement)
         with self.display.stage("data") as progress:
             data = choose(self.recipe, model, progress)
         if self.recipe.max_drop is not None:
@@ -189,7 +190,7 @@ class _Run:
         quantized = self._quantize(loaded, model, data, calibrated)
         integers = quantized.folder
         if self.recipe.max_drop is not None:
-            integers = self._tune(self.recipe.max_drop, quantized, loaded, model, data)
+            integers = self._tune(self.recipe.max_drop, steps, quantized, loaded, model, data)
         self._publish(integers)
         # Only now: what was refused must not stand beside the results of an earlier run.
         write_atomic(self.out / RECIPE, self.recipe.model_dump_json(indent=2).encode())
@@ -242,7 +243,7 @@ class _Run:
             tuning=chosen.tuning,
         )
         # What only exported has nothing to be judged by.
-        budget = self.recipe.gate if steps.verify or steps.bench else None
+        budget = self.recipe.budget() if steps.verify or steps.bench else None
         return conclude(report, self.out, budget, baseline=self.recipe.baseline, stages=self.stages)
 
     # --- stages, in the order of the flow ------------------------------------------------------
@@ -311,7 +312,13 @@ class _Run:
         )
 
     def _tune(
-        self, max_drop: float, quantized: Done, loaded: Done, model: Checkpoint, data: Data
+        self,
+        max_drop: float,
+        steps: Steps,
+        quantized: Done,
+        loaded: Done,
+        model: Checkpoint,
+        data: Data,
     ) -> Path:
         """Return the folder of a model with as many layers in float as `--max-drop` needs."""
         exam = data.evaluation
@@ -320,10 +327,10 @@ class _Run:
 
         def saved_ms() -> dict[str, float]:
             artifacts = self.exports.write(self.stages, quantized.folder, kept=False)
-            rows = self._timing(model, asked=True).run(artifacts)
+            rows = self._timing(model, asked=True, kept=False).run(artifacts)
             return time_saved(zip(artifacts, rows, strict=True))
 
-        given = Given(
+        given = Basis(
             base=quantized,
             calibration=data.calibration,
             evaluation=exam,
@@ -331,11 +338,11 @@ class _Run:
             profile=self.exports.profile(),
             max_drop_pp=max_drop,
         )
-        measure = saved_ms if self.recipe.bench else dict
+        measure = saved_ms if steps.bench and self.recipe.bench else dict
         judge = verification.judge(exam)
         return Tuner(self.stages, given, judge=judge, saved_ms=measure).run()
 
-    def _timing(self, model: Checkpoint, *, asked: bool) -> Timing:
+    def _timing(self, model: Checkpoint, *, asked: bool, kept: bool = True) -> Timing:
         size = self.preprocessing.input_size
         batch = 1 if self.recipe.batch == "dynamic" else self.recipe.batch
         return Timing(
@@ -344,11 +351,13 @@ class _Run:
             threads=self.recipe.threads,
             image_shape=(batch, model.architecture.in_channels, size, size),
             asked=asked,
+            kept=kept,
         )
 
     def _publish(self, integers: Path) -> None:
         """Lay the model where a person looks, and take away what an earlier one left."""
-        if publish(integers, self.out / MODEL, MODEL_FILES):
+        told = [TUNING] if (integers / TUNING).exists() else []
+        if publish(integers, self.out / MODEL, (*MODEL_FILES, *told)):
             for folder in (ARTIFACTS, PAGES):
                 shutil.rmtree(self.out / folder, ignore_errors=True)
             for name in (REPORT, JUNIT, SUMMARY):

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from calib.images import select
-from calib.preprocess import first_pixels
+from calib.preprocess import some_pixels
 from pipeline import quantize
 from pipeline.records import Export, Preprocessing, Selection, Sensitivity
 from pipeline.statistics import divergence, sqnr_db
@@ -64,9 +64,9 @@ def sensitivity_stage(
     record, arrays = quantize.read(Path(model))
     how = TypeAdapter(Preprocessing).validate_python(preprocessing)
     images = select(TypeAdapter(Selection).validate_python(selection))
-    # From the end: the calibration tried its choices on the first.
-    images = replace(images, entries=images.entries[::-1])
-    pixels = first_pixels(images, how, math.ceil(quantize.sample_size(how) / 2))
+    tried = quantize.sample_size(how)
+    # Not those that the calibration tried its choices on, where there are others.
+    pixels = some_pixels(images, how, math.ceil(tried / 2), after=tried)
     found = sensitivities(record, arrays, profile, pixels, progress)
     return {"images": len(pixels), "sensitivities": [asdict(row) for row in found]}
 

@@ -6,7 +6,7 @@ the budget needs, and the `Tuning` that tells how that was found.
 What a layer loses is taken on calibration images; `pipeline.assign` makes a front of assignments of
 it. Those are tried by bisection on the evaluation images, where the upper end of the drop's
 interval decides, as it does in the gate. The choice is made once: what is measured later does not
-change it.
+change it. Sensitivities are taken in any case, for the report.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RAISE = "Give a larger --max-drop"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
+class Basis:
     """What a model is tuned from.
 
     Attributes:
@@ -72,7 +72,7 @@ class Tuner:
     def __init__(
         self,
         stages: Stages,
-        given: Given,
+        given: Basis,
         *,
         judge: Callable[[str, Path, str], Accuracy],
         saved_ms: Callable[[], Mapping[str, float]],
@@ -91,7 +91,8 @@ class Tuner:
         """
         stage = Stage(
             name="tune",
-            modules=("pipeline.tune", "pipeline.verify"),
+            # Of its parts too, which are called by name.
+            modules=("pipeline.tune", "pipeline.assign", "pipeline.verify"),
             inputs=self._inputs() | {"evaluation": self.given.evaluation.source.sha256},
             settings=self._settings() | {"max_drop_pp": self.given.max_drop_pp},
             libraries=LIBRARIES,
@@ -155,7 +156,7 @@ class Tuner:
 
     def _keeps(self, point: Assignment) -> bool:
         """Try an assignment on the evaluation images."""
-        name = f"candidate-{len(point.float_layers)}-float"
+        name = f"candidate-{len(self.tried) + 1}"
         done = self.stages.do(
             Stage(
                 name=name,
@@ -187,11 +188,12 @@ def first_that_keeps(
     """Return the index of the cheapest assignment that keeps to a budget, tried by bisection.
 
     Args:
-        points: Cheapest first; each is taken to lose less than those before it.
+        points: Cheapest first; each is taken to lose less than those before it. Where that is not
+            so, a cheaper one than the one returned may keep to the budget too.
         keeps: Tells whether one does. Everything in integers is tried first: it mostly does.
 
     Returns:
-        Its index, None where not even the last one does.
+        Its index, None where none of those tried does.
     """
     if keeps(points[0]):
         return 0
@@ -219,7 +221,8 @@ def check_decidable(max_drop_pp: float, data: Data) -> None:
     """Check that the evaluation images can show whether a budget is kept to.
 
     Raises:
-        DataError: There are none, or so few that no outcome would be enough.
+        DataError: There are none, or so few that predictions that do not change at all would not
+            be enough.
     """
     if data.evaluation is None:
         raise DataError(
@@ -241,8 +244,8 @@ def check_decidable(max_drop_pp: float, data: Data) -> None:
 def _unreachable(limit: float, tried: Mapping[tuple[str, ...], Accuracy]) -> EdgeError:
     best = min(tried, key=lambda layers: _upper_end(tried[layers]))
     return ArtifactError(
-        f"--max-drop {limit:g} is not kept to by any assignment: the best one tried leaves"
-        f" {len(best)} layers in float, and its drop's interval reaches"
+        f"--max-drop {limit:g} is not kept to by any of {len(tried)} assignments tried: the best"
+        f" one leaves {len(best)} layers in float, and its drop's interval reaches"
         f" {_upper_end(tried[best]):.2f} points",
         allowed="a budget that integers can keep to",
         do=f"{RAISE}, or take a scheme with more bits",

@@ -77,9 +77,9 @@ def sentences(tuning: Tuning) -> tuple[str, ...]:
         named = ", ".join(chosen.float_layers[:NAMED])
         more = f" and {count - NAMED} more" if count > NAMED else ""
         verb = "stays" if count == 1 else "stay"
-        first = f"{count} of {len(all_layers)} layers {verb} float: {named}{more}."
+        first = f"{count} of {len(all_layers)} layers {verb} float for it: {named}{more}."
     else:
-        first = f"All {len(all_layers)} layers run in integers: the budget needs none in float."
+        first = f"All {len(all_layers)} layers that can do run in integers: the budget is kept so."
     said = [first]
     if chosen.accuracy is not None and chosen.accuracy.drop_ci95_pp is not None:
         tried = sum(point.accuracy is not None for point in tuning.front)

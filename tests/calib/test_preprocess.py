@@ -18,7 +18,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from calib.images import open_images
-from calib.preprocess import Unreadable, batches, check_readable, decode, preprocess
+from calib.preprocess import (
+    Unreadable,
+    batches,
+    check_readable,
+    decode,
+    preprocess,
+    some_pixels,
+)
 from pipeline.errors import DataError
 from pipeline.records import CropMode, Interpolation, Preprocessing
 
@@ -257,3 +264,32 @@ def test_a_bomb_is_an_error_and_is_not_left_out(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"5\.png would decode to") as caught:
         list(batches(found, PLAIN, 2, skipped=[]))
     assert not isinstance(caught.value, Unreadable)
+
+
+def test_some_images_are_of_all_classes_and_others_are_others(tmp_path: Path) -> None:
+    """A folder is in the order of its classes: its first images would be of one class."""
+    for index in range(60):
+        kind = tmp_path / f"class{index // 20}"
+        kind.mkdir(exist_ok=True)
+        image = Image.new("RGB", (8, 8), (4 * index, 0, 0))
+        image.save(kind / f"{index:02}.png")
+    images = open_images(str(tmp_path), "calibration")
+
+    def indices(n: int, after: int = 0) -> list[int]:
+        return [int(p[0, 0, 0]) // 4 for p in some_pixels(images, PLAIN, n, after=after)]
+
+    first, others = indices(24), indices(12, after=24)
+    assert len(set(first)) == 24
+    assert {index // 20 for index in first} == {0, 1, 2}
+    assert first == sorted(first)
+    assert not set(first) & set(others)
+    assert len(others) == 12
+    # Too few remain: then they are not others.
+    assert len(indices(12, after=55)) == 12
+    assert len(indices(100)) == 60
+
+
+def test_not_one_image_to_draw_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(DataError, match="unreadable"):
+        some_pixels(open_images(str(tmp_path), "calibration"), PLAIN, 3)

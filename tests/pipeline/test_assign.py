@@ -55,6 +55,9 @@ def test_no_assignment_loses_less_at_no_more_cost(pairs: list[tuple[float, float
                 # A hair of tolerance: a solver's own.
                 cheaper = total < point.cost * (1 - 1e-6)
                 assert not (cheaper and rest <= left(point, found) * (1 - 1e-6))
+                no_dearer = total <= point.cost * (1 + 1e-9)
+                much = 0.05 * max(error for error, _ in pairs)
+                assert not (no_dearer and rest < left(point, found) - much)
         assert point.predicted_sqnr_db == pytest.approx(-10 * math.log10(left(point, found)))
 
 
@@ -63,6 +66,22 @@ def test_a_layer_that_loses_nothing_is_never_left_float() -> None:
     points = front(found, layer_costs(found, {}))
     assert [point.float_layers for point in points] == [(), ("b",), ("a", "b")]
     assert points[-1].predicted_sqnr_db is None
+
+
+def test_of_equal_costs_the_one_that_helps_more_is_taken() -> None:
+    found = [layer("a", 20.0), layer("b", 17.0)]
+    assert front(found, layer_costs(found, {}))[1].float_layers == ("b",)
+
+
+def test_no_layer_left_is_no_assignment() -> None:
+    assert front([layer("a", 20.0)], layer_costs([layer("a", 20.0)], {}))[0].float_layers == ()
+
+
+def test_a_runtime_that_saves_nothing_is_named_and_counts_as_zero() -> None:
+    found = [layer("a", 30.0)]
+    cost = layer_costs(found, {"onnx": 4.0, "tflite": -9.0})
+    assert (cost.unit, cost.layers) == ("ms", {"a": 2.0})
+    assert cost.source == "measured in onnx; integers save no time in tflite"
 
 
 def test_costs_are_milliseconds_where_integers_save_any() -> None:

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 import pipeline.embedded
 from pipeline.errors import UsageError
-from pipeline.recipe import RUNTIMES, Recipe, load_budget, load_recipe
+from pipeline.recipe import RUNTIMES, Budget, Recipe, load_budget, load_recipe
 
 
 @pytest.fixture
@@ -144,3 +144,16 @@ def test_another_rounding_goes_with_the_search_only() -> None:
         load_recipe(None, {"method": "min-max", "rounding": "gptq"})
     said = load_recipe(None, {"method": "min-max"}).calibration()
     assert (said.rounding, said.rescale, said.correct_bias) == ("nearest", False, False)
+
+
+def test_a_budget_of_drop_is_what_the_gate_asks_too() -> None:
+    assert Recipe().budget() is None
+    asked = Recipe(max_drop=0.5).budget()
+    assert asked is not None
+    assert asked.max_drop_pp == 0.5
+    own = Recipe(max_drop=0.5, gate=Budget(max_drop_pp=2.0, require=("onnx",))).budget()
+    assert own == Budget(max_drop_pp=2.0, require=("onnx",))
+
+
+def test_a_layer_is_named_once() -> None:
+    assert Recipe(float_layers=("a", "b", "a")).float_layers == ("a", "b")

@@ -95,7 +95,7 @@ def test_a_layer_with_coarse_weights_loses_most(
     assert min(layers, key=lambda row: row.sqnr_db or 0).name == "stages.1.blocks.0.pw1"
 
 
-def test_the_stage_looks_at_the_last_images(small_model: Model, tmp_path: Path) -> None:
+def test_the_stage_looks_at_a_few_images(small_model: Model, tmp_path: Path) -> None:
     write(tmp_path, *small_model)
     how = Preprocessing(input_size=32, crop_ratio=1.0)
     chosen = Selection(where="digits", purpose="calibration", n=5, seed=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -28,7 +29,7 @@ from pipeline.records import (
     Tuning,
 )
 from pipeline.stages import Done, Stages
-from pipeline.tune import TUNING, Given, Tuner, check_decidable, first_that_keeps
+from pipeline.tune import TUNING, Basis, Tuner, check_decidable, first_that_keeps
 from reports.document import DataSource, read_report
 
 Model = tuple[QuantizedModel, dict[str, Any]]
@@ -86,7 +87,7 @@ def tuner(
             outcome="measured", n=1000, drop_pp=0.0, drop_ci95_pp=(-1.0, end), sqnr_db=30.0
         )
 
-    given = Given(
+    basis = Basis(
         base=Done(folder=folder, value={}, seconds=0.0, peak_memory_bytes=0),
         calibration=chosen(6, "calibration"),
         evaluation=chosen(1000, "evaluation"),
@@ -94,7 +95,7 @@ def tuner(
         profile="full",
         max_drop_pp=max_drop_pp,
     )
-    return Tuner(stages, given, judge=judge, saved_ms=lambda: saved_ms)
+    return Tuner(stages, basis, judge=judge, saved_ms=lambda: saved_ms)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +232,13 @@ def test_explain_says_it_too(home: Path) -> None:
     assert facts["tuning"]["max_drop_pp"] == 3
 
 
+def test_the_model_tells_it_without_a_report(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "run" / "model", tmp_path / "run" / "model")
+    done = cli("explain", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "the budget is 3" in done.stdout
+
+
 def test_a_second_run_reuses_everything(home: Path) -> None:
     done = cli(*RUN, "--max-drop", "3", "--float-layers", "stem.conv", "--out", "run", cwd=home)
     assert "0 stages made" in done.stdout, done.stderr
@@ -243,6 +251,7 @@ def test_a_second_run_reuses_everything(home: Path) -> None:
         (("--max-drop", "0.1"), 1, "would still reach"),
         (("--max-drop", "3", "--eval", "none"), 1, "without evaluation images"),
         (("--max-drop", "3", "--scheme", "float"), 2, "max_drop and float_layers go with"),
+        (("--max-drop", "3", "--scheme", "w8a8-dynamic"), 2, "does not go with w8a8-dynamic"),
         (("--max-drop", "nan"), 2, "max_drop"),
         (("--max-drop", "-1"), 2, "max_drop"),
     ],

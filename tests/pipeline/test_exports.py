@@ -1,0 +1,37 @@
+"""What each runtime is asked for."""
+
+from __future__ import annotations
+
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.exports import Exports
+from pipeline.recipe import Recipe
+
+
+@pytest.mark.parametrize(
+    ("runtimes", "isa", "profile"),
+    [
+        (("onnx", "tflite"), "avx2", "avx2"),
+        (("onnx", "tflite"), "vnni", "full"),
+        # TFLite runs on ARM unless told otherwise, wherever it is exported.
+        (("tflite",), "auto", "full"),
+    ],
+)
+def test_the_profile_is_the_one_that_loses_most(
+    runtimes: tuple[str, ...], isa: str, profile: str
+) -> None:
+    recipe = Recipe.model_validate({"runtimes": runtimes, "isa": isa})
+    assert Exports(recipe).profile() == profile
+
+
+def test_integers_are_made_for_what_is_asked() -> None:
+    recipe = Recipe(runtimes=("onnx",), placement="pointwise", float_layers=("stem.conv",))
+    wanted = Exports(recipe).integers()
+    assert (wanted.placement, wanted.float_layers) == ("pointwise", ("stem.conv",))
+    assert Exports(Recipe(runtimes=("onnx",))).integers().placement == "pointwise-io"
+
+
+def test_what_a_runtime_does_not_express_is_refused() -> None:
+    with pytest.raises(UsageError, match="onnx does not express scheme w8a16"):
+        Exports(Recipe(runtimes=("onnx",), scheme="w8a16"))
