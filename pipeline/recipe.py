@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-Percent = Annotated[float, Field(ge=0, le=100)]
+Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
 Ratio = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -124,7 +124,7 @@ class Recipe(_Strict):
     placement: str | None = None
     method: RangeMethod | Literal["search"] = "search"
     rounding: Rounding = "auto"
-    max_drop: Percent | None = None
+    max_drop: Percent | None = Field(default=None, description="a number, 0 to 100")
     float_layers: tuple[str, ...] = ()
     calibration_images: PositiveInt = 512
     eval_images: PositiveInt | None = None
@@ -232,6 +232,13 @@ def _validated(
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
+        if not first["loc"]:
+            # Settings that do not go together: the message says which.
+            raise UsageError(
+                f"{what if not flags else 'the options'}: {first['msg'].partition(', ')[2]}",
+                allowed="settings that go together",
+                do="Leave one of them out",
+            ) from error
         place = [str(part) for part in first["loc"]] or ["the table"]
         name = ".".join(place)
         what = "the options" if place[0] in flags else what

@@ -518,8 +518,8 @@ class Sensitivity:
     name: str
     layers: tuple[str, ...]
     sites: tuple[str, ...]
-    macs: int
-    weights: int
+    macs: PositiveInt
+    weights: PositiveInt
     sqnr_db: float | None
     kl: float
 
@@ -538,7 +538,7 @@ class Cost:
 
     unit: Literal["ms", "MACs", "bytes"]
     source: str
-    layers: dict[str, float]
+    layers: dict[str, PositiveFloat]
 
 
 @_reported
@@ -578,8 +578,20 @@ class Tuning:
     images: int
     sensitivities: tuple[Sensitivity, ...]
     cost: Cost
-    front: tuple[Assignment, ...]
-    chosen: int
+    front: Annotated[tuple[Assignment, ...], Field(min_length=1)]
+    chosen: Annotated[int, Field(ge=0)]
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Tuning:
+        if self.chosen >= len(self.front):
+            msg = f"chosen is {self.chosen}, and the front has {len(self.front)} assignments"
+            raise ValueError(msg)
+        layers = {row.name for row in self.sensitivities if row.kind == "layer"}
+        named = {name for point in self.front for name in point.float_layers}
+        if not layers or not layers <= self.cost.layers.keys() or not named <= layers:
+            msg = "sensitivities, cost and front must speak of the same layers, at least one"
+            raise ValueError(msg)
+        return self
 
 
 def to_json(record: object) -> bytes:

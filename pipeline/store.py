@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 PACKAGES = ("pipeline", "calib", "targets", "reports")
-_PARTIAL = ".partial-"
+_PARTIAL, RECORD = ".partial-", "stage.json"
 
 
 def sha256_bytes(data: bytes) -> str:
@@ -252,11 +252,17 @@ class Store:
         self.root = root
         self.reused: list[str] = []
         self.made: list[str] = []
+        self._whole: set[Path] = set()
 
     def find(self, stage: Stage) -> Path | None:
-        """Return the finished folder of a stage, or None."""
+        """Return the finished folder of a stage, or None.
+
+        One whose files are not those that were written is not finished.
+        """
         folder = self._folder(stage)
-        return folder if folder.is_dir() else None
+        if folder not in self._whole and _is_whole(folder):
+            self._whole.add(folder)
+        return folder if folder in self._whole else None
 
     def get(self, stage: Stage, make: Callable[[Path], None]) -> Path:
         """Return the stage's folder, made now only where it is not there yet.
@@ -283,10 +289,29 @@ class Store:
                 "inputs": dict(stage.inputs),
                 "settings": dict(stage.settings),
                 "libraries": library_versions(stage.libraries),
+                "files": _hashes(partial),
             }
-            (partial / "stage.json").write_text(json.dumps(record, indent=2, default=str))
+            (partial / RECORD).write_text(json.dumps(record, indent=2, default=str))
         self.made.append(stage.name)
         return folder
 
     def _folder(self, stage: Stage) -> Path:
         return self.root / f"{stage.name}-{stage.key()[:16]}"
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Return the hash of every file in a stage's folder, by its path there."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return {
+        file.relative_to(folder).as_posix(): sha256_file(file)
+        for file in files
+        if file != folder / RECORD
+    }
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        written = json.loads((folder / RECORD).read_bytes())["files"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+    return bool(written == _hashes(folder))

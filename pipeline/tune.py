@@ -11,6 +11,7 @@ change it. Sensitivities are taken in any case, for the report.
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
@@ -87,6 +88,7 @@ class Tuner:
         """Return a folder with params.json, tensors.safetensors and tuning.json.
 
         Raises:
+            DataError: So many images are unreadable that the others cannot decide.
             ArtifactError: No assignment keeps to the budget.
         """
         stage = Stage(
@@ -172,6 +174,9 @@ class Tuner:
         )
         accuracy = self.judge(name, done.folder / done.value["path"], done.value["sha256"])
         self.tried[point.float_layers] = done, accuracy
+        if accuracy.n is not None:
+            # Some may have been unreadable.
+            _check_enough(self.given.max_drop_pp, accuracy.n)
         return _upper_end(accuracy) <= self.given.max_drop_pp
 
     def _inputs(self) -> dict[str, str]:
@@ -230,13 +235,17 @@ def check_decidable(max_drop_pp: float, data: Data) -> None:
             allowed="labelled images, on which a drop can be seen",
             do="Give --eval, or leave --max-drop out",
         )
-    n = data.evaluation.source.n
+    _check_enough(max_drop_pp, data.evaluation.source.n)
+
+
+def _check_enough(max_drop_pp: float, n: int) -> None:
     least = 100 * paired_difference_interval(0, 0, n)[1]
     if least > max_drop_pp:
+        shown = f"{math.ceil(100 * least) / 100:.2f}"
         raise DataError(
-            f"--max-drop {max_drop_pp:g} with {n:,} evaluation images: if not one of them"
-            f" changed, the drop's interval would still reach {least:.2f} points",
-            allowed=f"{least:.2f} or more, or more images",
+            f"--max-drop {max_drop_pp:g} with {n:,} readable evaluation images: if not one of them"
+            f" changed, the drop's interval would still reach {shown} points",
+            allowed=f"{shown} or more, or more images",
             do=f"{RAISE}, or more images with --eval",
         )
 

@@ -157,3 +157,16 @@ def test_a_budget_of_drop_is_what_the_gate_asks_too() -> None:
 
 def test_a_layer_is_named_once() -> None:
     assert Recipe(float_layers=("a", "b", "a")).float_layers == ("a", "b")
+
+
+def test_settings_that_do_not_go_together_are_said_without_the_whole_recipe() -> None:
+    with pytest.raises(UsageError, match="does not go with w8a8-dynamic") as caught:
+        load_recipe(None, {"scheme": "w8a8-dynamic", "max_drop": 1.0})
+    assert str(caught.value).startswith("the options: max_drop")
+    assert "preprocessing" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [True, "1", -1.0, 101.0, float("nan")])
+def test_a_drop_is_a_number_of_points(value: Any) -> None:
+    with pytest.raises(UsageError, match="Allowed: a number, 0 to 100"):
+        load_recipe(None, {"max_drop": value})

@@ -124,6 +124,30 @@ def test_a_stage_is_made_once(tmp_path: Path) -> None:
     assert Store(tmp_path).find(_stage()) == first
 
 
+@pytest.mark.parametrize("damage", ["cut", "gone", "more", "record"])
+def test_a_damaged_stage_is_made_again(tmp_path: Path, damage: str) -> None:
+    def make(folder: Path) -> None:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "result.txt").write_text("made")
+
+    folder = Store(tmp_path).get(_stage(), make)
+    match damage:
+        case "cut":
+            (folder / "inner" / "result.txt").write_text("mad")
+        case "gone":
+            (folder / "inner" / "result.txt").unlink()
+        case "more":
+            (folder / "other.txt").write_text("odd")
+        case "record":
+            (folder / "stage.json").write_text("{}")
+    cache = Store(tmp_path)
+    assert cache.find(_stage()) is None
+    assert cache.get(_stage(), make) == folder
+    assert cache.made == ["fold"]
+    assert (folder / "inner" / "result.txt").read_text() == "made"
+    assert Store(tmp_path).find(_stage()) == folder
+
+
 def test_a_stage_that_fails_is_made_again(tmp_path: Path) -> None:
     def broken(folder: Path) -> None:
         (folder / "half.txt").write_text("half")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from pipeline.data import Chosen, Data
 from pipeline.display import Display
@@ -151,11 +151,18 @@ def test_a_reference_that_fails_is_no_budget_kept(stages: Stages, small_model: M
         broken.run()
 
 
+def test_unreadable_images_do_not_count(stages: Stages, small_model: Model) -> None:
+    few = tuner(stages, small_model, 0.45, lambda _: 0.0)
+    few.judge = lambda *_: Accuracy(outcome="measured", n=246, drop_ci95_pp=(-1.0, 0.7))
+    with pytest.raises(DataError, match="246 readable evaluation images"):
+        few.run()
+
+
 def test_too_few_images_are_said_before_anything_is_done() -> None:
     data = Data(
         calibration=chosen(8, "calibration"), evaluation=chosen(200, "evaluation"), why_not=""
     )
-    with pytest.raises(DataError, match=r"200 evaluation images: .* still reach 1\.88 points"):
+    with pytest.raises(DataError, match=r"200 readable .* still reach 1\.89 points"):
         check_decidable(1.0, data)
     check_decidable(1.9, data)
 
@@ -164,6 +171,20 @@ def test_no_images_are_said_before_anything_is_done() -> None:
     data = Data(calibration=chosen(8, "calibration"), evaluation=None, why_not="no labels here")
     with pytest.raises(DataError, match="no labels here"):
         check_decidable(1.0, data)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"chosen": 99}, {"chosen": -1}, {"front": []}, {"sensitivities": []}],
+)
+def test_a_report_whose_tuning_does_not_hold_together_is_refused(
+    stages: Stages, small_model: Model, wrong: dict[str, Any]
+) -> None:
+    tuning = found(tuner(stages, small_model, 0.5, lambda _: 0.4).run())
+    stated = TypeAdapter(Tuning).dump_python(tuning, mode="json")
+    assert TypeAdapter(Tuning).validate_python(stated) == tuning
+    with pytest.raises(ValidationError):
+        TypeAdapter(Tuning).validate_python(stated | wrong)
 
 
 # --- as a user types it ---------------------------------------------------------------------------
