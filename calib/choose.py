@@ -180,6 +180,9 @@ def choose(
     Returns:
         The grid, made from all that is known, and what it costs.
     """
+    if bits != BITS:
+        # Its steps are so small that all it can lose is what a range clips, on any image.
+        methods = ("min-max",)
     search = _Search(seen, bits, free, given)
     if how.method != "search":
         best = Choice(method=how.method)
