@@ -56,7 +56,7 @@ def test_no_assignment_loses_less_at_no_more_cost(pairs: list[tuple[float, float
                 cheaper = total < point.cost * (1 - 1e-6)
                 assert not (cheaper and rest <= left(point, found) * (1 - 1e-6))
                 no_dearer = total <= point.cost * (1 + 1e-9)
-                much = 0.05 * max(error for error, _ in pairs)
+                much = 0.02 * max(error for error, _ in pairs)
                 assert not (no_dearer and rest < left(point, found) - much)
         assert point.predicted_sqnr_db == pytest.approx(-10 * math.log10(left(point, found)))
 

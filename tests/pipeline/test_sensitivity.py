@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from pipeline.quantize import write
+from calib.preprocess import some_pixels
+from pipeline.quantize import sample_size, write
 from pipeline.records import Preprocessing, QuantizedModel, Selection, Sensitivity
 from pipeline.sensitivity import reference_graph, sensitivities, sensitivity_stage
 from pipeline.statistics import divergence, sqnr_db
@@ -95,12 +96,22 @@ def test_a_layer_with_coarse_weights_loses_most(
     assert min(layers, key=lambda row: row.sqnr_db or 0).name == "stages.1.blocks.0.pw1"
 
 
-def test_the_stage_looks_at_a_few_images(small_model: Model, tmp_path: Path) -> None:
+def test_the_stage_looks_at_a_few_images_that_chose_nothing(
+    small_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left_out: list[int] = []
+
+    def spied(*arguments: Any, after: int) -> NDArray[np.float32]:
+        left_out.append(after)
+        return some_pixels(*arguments, after=after)
+
+    monkeypatch.setattr("pipeline.sensitivity.some_pixels", spied)
     write(tmp_path, *small_model)
     how = Preprocessing(input_size=32, crop_ratio=1.0)
     chosen = Selection(where="digits", purpose="calibration", n=5, seed=0)
     made = sensitivity_stage(str(tmp_path), asdict(chosen), asdict(how), "avx2", "", silent)
     assert made["images"] == 5
+    assert left_out == [sample_size(how)]
     assert len(made["sensitivities"]) == 11
 
 
