@@ -69,8 +69,9 @@ def test_a_layer_that_loses_nothing_is_never_left_float() -> None:
 
 
 def test_of_equal_costs_the_one_that_helps_more_is_taken() -> None:
-    found = [layer("a", 20.0), layer("b", 17.0)]
-    assert front(found, layer_costs(found, {}))[1].float_layers == ("b",)
+    for worst in range(6):
+        found = [layer(str(i), 17.0 if i == worst else 20.0) for i in range(6)]
+        assert front(found, layer_costs(found, {}))[1].float_layers == (str(worst),)
 
 
 def test_no_layer_left_is_no_assignment() -> None:
