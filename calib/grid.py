@@ -9,7 +9,7 @@ site, so nothing around it has to be rewritten to try one out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from pipeline.records import Quantization
+
+
+SIGNIFICANT_BITS = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +64,22 @@ class SiteGrid:
 
     parameters: Quantization
     rescaling: Rescaling
+
+    def in_steps(self) -> SiteGrid:
+        """Return the grid with its step moved into a rescaling that is there anyway.
+
+        What is quantized then counts in steps, so no runtime has to divide by the step, and each of
+        them rounds the same number. The scales keep `SIGNIFICANT_BITS`: their product with any
+        integer of the grid is exact in float32, and so is the same whatever is fused with it.
+        """
+        if self.rescaling.changes_nothing:
+            return self
+        mantissa, exponent = torch.frexp(self.rescaling.scale * self.parameters.scale)
+        kept = torch.round(mantissa * 2**SIGNIFICANT_BITS)
+        return SiteGrid(
+            parameters=replace(self.parameters, scale=1.0),
+            rescaling=replace(self.rescaling, scale=torch.ldexp(kept, exponent - SIGNIFICANT_BITS)),
+        )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize and dequantize (N, C, ...)."""

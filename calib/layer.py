@@ -51,6 +51,8 @@ class Unrounded:
         bias: b + W z, float64 (out,).
         rescaling: Of the site.
         input_scale: scale_x of the site; None where the layer reads floats.
+        output_scale: scale_y per row, float64 (out,), of the site that it writes; None where it
+            writes floats.
     """
 
     module: nn.Conv2d | nn.Linear
@@ -58,6 +60,7 @@ class Unrounded:
     bias: NDArray[np.float64]
     rescaling: Rescaling
     input_scale: float | None
+    output_scale: NDArray[np.float64] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +90,10 @@ class IntegerLayer:
 
 
 def unrounded(
-    module: nn.Conv2d | nn.Linear, rescaling: Rescaling, input_scale: float | None
+    module: nn.Conv2d | nn.Linear,
+    rescaling: Rescaling,
+    input_scale: float | None,
+    output_scale: NDArray[np.float64] | None = None,
 ) -> Unrounded:
     """Move a site's rescaling into the layer that reads it, in float64.
 
@@ -96,6 +102,7 @@ def unrounded(
         rescaling: Of the site. A depthwise layer's is the residual stream's, has no shift, and goes
             into its rows.
         input_scale: scale_x of the site, None where it is not quantized.
+        output_scale: As in `Unrounded`.
     """
     weight = module.weight.detach().double().numpy()
     bias = np.zeros(len(weight)) if module.bias is None else module.bias.detach().double().numpy()
@@ -107,7 +114,12 @@ def unrounded(
         summed = (weight * shift.reshape(across)).reshape(len(weight), -1).sum(axis=1)
         weight, bias = weight * scale.reshape(across), bias + summed
     return Unrounded(
-        module=module, weight=weight, bias=bias, rescaling=rescaling, input_scale=input_scale
+        module=module,
+        weight=weight,
+        bias=bias,
+        rescaling=rescaling,
+        input_scale=input_scale,
+        output_scale=output_scale,
     )
 
 
@@ -132,12 +144,11 @@ def rounded(
     Returns:
         The layer in integers, its bias not yet corrected.
     """
-    bound = layer.input_scale if layer.input_scale is not None else 1.0
     if inputs is None or exact is None:
-        scales = weight_scales(layer.weight, _bounded(layer), bound, grid)
+        scales = _scales(layer, grid)
         return _made(layer, quantize_weight(layer.weight, scales, grid), scales)
     read = layer.rescaling.apply(inputs)
-    scales = weight_scales(layer.weight, _bounded(layer), bound, grid, _importance(layer, read))
+    scales = _scales(layer, grid, _importance(layer, read))
     few = grid.bits == FEW_BITS
     if how in {"auto", "nearest"} or not isinstance(layer.module, nn.Linear):
         return _made(layer, quantize_weight(layer.weight, scales, grid), scales)
@@ -159,6 +170,13 @@ def _made(layer: Unrounded, weight: NDArray[np.int8], scales: NDArray[np.float32
     return IntegerLayer(
         of=layer, weight=weight, scales=scales, bias=_bias(layer, layer.bias, scales)
     )
+
+
+def _scales(
+    layer: Unrounded, grid: WeightGrid, importance: NDArray[np.float64] | None = None
+) -> NDArray[np.float32]:
+    read, written = layer.input_scale or 1.0, layer.output_scale
+    return weight_scales(layer.weight, _bounded(layer), read, grid, importance, written)
 
 
 def _bias(layer: Unrounded, bias: NDArray[np.float64], scales: NDArray[np.float32]) -> NDArray[Any]:

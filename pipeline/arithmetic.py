@@ -41,6 +41,8 @@ PAIR_LIMIT = 128
 HEADROOM_STEPS = 16
 """Scales tried for a row whose pairs need headroom; the last leaves no pair above the limit."""
 SEARCH_STEPS = 16
+LEAST_DIVISOR = 51
+"""Of a requantization, from which its weight scale is moved to the next odd one: by 4 % at most."""
 SMALLEST_FACTOR = {BITS: 0.85, FEW_BITS: 0.55}
 """How far below max|w| / limit a row's scale is searched: clipping few to round all finer."""
 
@@ -126,6 +128,7 @@ def weight_scales(
     input_scale: float,
     grid: WeightGrid,
     importance: Floats | None = None,
+    output_scale: Floats | None = None,
 ) -> NDArray[np.float32]:
     """Choose one scale per output channel.
 
@@ -142,6 +145,8 @@ def weight_scales(
         grid: What the weights may be.
         importance: Broadcastable to the weight: how much an error there counts, such as the mean
             square of what it multiplies. None: no scale below max|w| / limit is tried.
+        output_scale: scale_y of the site that the layer writes, in the row's own units: shape
+            (out,). The scales tried are then `tie_free`. None: what the layer writes stays float.
 
     Returns:
         Shape (out,), float32, at least `SMALLEST_SCALE`.
@@ -157,9 +162,10 @@ def weight_scales(
         factors = list(np.linspace(1.0, SMALLEST_FACTOR[grid.bits], SEARCH_STEPS))
     if grid.pairs:
         factors += list(np.linspace(1.0, 2 * WEIGHT_LIMIT / PAIR_LIMIT, HEADROOM_STEPS))[1:]
-    best, least = scale, np.full(len(weight), np.inf)
+    best, least = tie_free(scale, input_scale, output_scale), np.full(len(weight), np.inf)
     for factor in factors if len(factors) > 1 else ():
         tried = np.maximum(scale * factor, np.maximum(for_bias, SMALLEST_SCALE))
+        tried = tie_free(tried, input_scale, output_scale)
         steps = along_rows(tried, weight.ndim)
         lost = (round_weights(exact / steps, grid) * steps - exact) ** 2
         lost *= 1.0 if importance is None else importance
@@ -168,6 +174,29 @@ def weight_scales(
         least = np.minimum(error, least)
     chosen: NDArray[np.float32] = best.astype(np.float32)
     return chosen
+
+
+def tie_free(scales: Floats, input_scale: float, output_scale: Floats | None) -> Floats:
+    """Raise weight scales until what a layer writes never lies halfway between two integers.
+
+    A kernel that writes integers rounds sum * scale_x * scale_w / scale_y. Where that factor is
+    1 / n with an odd n, no sum is a tie and each lies 1 / 2n of a step or more from one. That is
+    far more than float32 or a fixed-point multiplier is wrong by, so all runtimes round alike.
+
+    Args:
+        scales: scale_w, shape (out,).
+        input_scale: scale_x.
+        output_scale: scale_y in each row's own units, shape (out,). None changes nothing.
+
+    Returns:
+        Shape (out,). A row with n below `LEAST_DIVISOR` stays as it is.
+    """
+    if output_scale is None:
+        return scales
+    n = output_scale / (input_scale * scales)
+    odd = 2 * np.floor((n - 1) / 2) + 1
+    exact: NDArray[np.float64] = output_scale / (input_scale * np.maximum(odd, 1))
+    return np.where(odd >= LEAST_DIVISOR, exact, scales)
 
 
 def quantize(x: Floats, parameters: Quantization) -> NDArray[np.int8 | np.int16]:

@@ -192,23 +192,43 @@ class _Walk:
     def _step(self, node: fx.Node) -> Lanes:
         if node.op == "placeholder":
             return dict.fromkeys(self.lanes, torch.from_numpy(self.given.sample))
-        inputs = [self.values[source] for source in node.all_input_nodes]
+        sources = node.all_input_nodes
+        inputs = [self.values[source] for source in sources]
         if node.op != "call_module":
             return {lane: inputs[0][lane] + inputs[1][lane] for lane in self.lanes}
         name = node_name(node)
         if name in self.structure.places:
-            return self._site(name, inputs[0])
+            return self._site(name, inputs[0], node_name(sources[0]))
         if name in self.integer:
-            return self._layer(name, inputs[0])
+            written = (node_name(user) for user in node.users)
+            site = next((user for user in written if user in self.quantized), None)
+            return self._layer(name, inputs[0], site)
         return {lane: self.modules[name](inputs[0][lane]) for lane in self.lanes}
 
     # --- sites ---------------------------------------------------------------------------------
 
-    def _site(self, name: str, x: Lanes) -> Lanes:
-        """Choose a site's grid; one outside the placement needs none."""
+    def _site(self, name: str, x: Lanes, source: str) -> Lanes:
+        """Pass a site; one outside the placement is not there."""
         if name not in self.quantized:
             return x
-        place, seen = self.structure.places[name], self._seen(name, x[FLOAT])
+        if source in self.grids:
+            # It quantizes what is quantized already: a second grid could only lose.
+            self.grids[name] = self.grids[source]
+            if source in self.chosen:
+                self.chosen[name] = self.chosen[source]
+        grid = self._grid(name, x[FLOAT])
+        if self.bits is None:
+            return x
+        return {lane: value if lane == FLOAT else grid(value) for lane, value in x.items()}
+
+    def _grid(self, name: str, x: Tensor) -> SiteGrid:
+        """Return a site's grid, chosen where it is asked for first.
+
+        That is at the layer that writes it, whose weights' scales follow from it; else at the site.
+        """
+        if name in self.grids:
+            return self.grids[name]
+        place, seen = self.structure.places[name], self._seen(name, x)
         how, free = self.how, FREEDOMS[place.freedom]
         methods: tuple[RangeMethod, ...] = get_args(RangeMethod)
         if self.bits is None:
@@ -218,16 +238,16 @@ class _Walk:
                 how = Calibration(method="min-max")
         bits, given = self.bits or BITS, self._of_stream(name, place)
         grid, found = choose(seen, how, bits, free=free, given=given, methods=methods)
-        self.grids[name] = grid
         if self.bits is not None:
             self.chosen[name] = found
+            if place.freedom in {Freedom.NORM, Freedom.ROWS}:
+                grid = grid.in_steps()
+        self.grids[name] = grid
         if not grid.rescaling.changes_nothing and place.freedom is not Freedom.STREAM:
             self.arrays[f"rescale/{name}.scale"] = grid.rescaling.scale.numpy()
             if place.freedom is Freedom.NORM:
                 self.arrays[f"rescale/{name}.shift"] = grid.rescaling.shift.numpy()
-        if self.bits is None:
-            return x
-        return {lane: value if lane == FLOAT else grid(value) for lane, value in x.items()}
+        return grid
 
     def _of_stream(self, name: str, place: Place) -> Rescaling | None:
         if place.freedom is not Freedom.STREAM or name not in self.quantized:
@@ -280,13 +300,19 @@ class _Walk:
 
     # --- layers --------------------------------------------------------------------------------
 
-    def _layer(self, name: str, x: Lanes) -> Lanes:
+    def _layer(self, name: str, x: Lanes, behind: str | None) -> Lanes:
+        """Choose a layer's integers; `behind` is the quantized site that it writes."""
         module = cast("nn.Conv2d | nn.Linear", self.modules[name])
         site = self.grids[self.structure.reads[name]]
         scale = site.parameters.scale if self.bits else None
-        plain = unrounded(module, site.rescaling, scale)
         how = self._rounding()
         out = {FLOAT: module(x[FLOAT])}
+        written = None
+        if behind is not None and self.bits:
+            grid_behind = self._grid(behind, out[FLOAT])
+            rows = grid_behind.rescaling.scale.double().numpy()
+            written = rows * grid_behind.parameters.scale
+        plain = unrounded(module, site.rescaling, scale, written)
         for profile in PROFILES:
             grid = self._weight_grid(name, profile)
             if profile not in self.lanes:

@@ -33,6 +33,7 @@ from targets.runtimes._counts import computing_layers
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from pipeline.records import Quantization
     from targets.base import Image, Logits, Session
 
 INTEGER_PRECISIONS = ("i8", "u8")
@@ -40,6 +41,8 @@ WEIGHTED_TYPES = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 UNPACKING_TYPES = ("Convert", "Multiply")
 LAYOUT_TYPES = ("Transpose",)
 LEVELS = ACTIVATION_MAX - ACTIVATION_MIN + 1
+FLOAT_OPS = (g.Norm, g.Add, g.Mean, g.Scale, g.Shift, g.ResponseNorm)
+"""What computes in floats, whatever it reads."""
 DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 PARITY = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
 """Without the hint OpenVINO may compute in bf16 where the CPU has it."""
@@ -203,14 +206,24 @@ class _Emitter:
             case g.Mean():
                 return ov.reduce_mean(x[0], np.array([2, 3]), keep_dims=False)
             case g.QuantizePair():
-                p = op.parameters
-                low, high = (
-                    np.float32((limit - p.zero_point) * p.scale)
-                    for limit in (ACTIVATION_MIN, ACTIVATION_MAX)
-                )
-                return ov.fake_quantize(x[0], low, high, low, high, LEVELS)
+                low, high = _ends(op.parameters)
+                whole = self._rounded(op, x[0])
+                return ov.fake_quantize(whole, low, high, low, high, LEVELS)
         msg = f"{type(op).__name__} has no OpenVINO form"
         raise NotImplementedError(msg)
+
+    def _rounded(self, op: g.QuantizePair, x: Any) -> Any:
+        """Round what floats bring to a site, so that FakeQuantize finds integers.
+
+        It adds 128 before it rounds, which costs a float32 its last bits. The rounding is fused
+        into what stands in front of it; the kernel of a layer would not take it.
+        """
+        ov, scale = self.ov, op.parameters.scale
+        if not isinstance(self.graph[op.inputs[0]], FLOAT_OPS):
+            return x
+        if scale == 1:
+            return ov.round(x)
+        return ov.multiply(ov.round(ov.multiply(x, np.float32(1 / scale))), np.float32(scale))
 
     def _layer(self, op: g.Conv | g.Linear, x: Any) -> Any:
         ov, shape = self.ov, op.weight.shape
@@ -233,7 +246,11 @@ class _Emitter:
         return ov.squeeze(ov.gelu(ov.unsqueeze(x, last), form), last)
 
     def _norm(self, op: g.Norm, x: Any) -> Any:
-        ov = self.ov
+        ov, source = self.ov, self.graph[op.inputs[0]]
+        if isinstance(source, g.QuantizePair):
+            # It cuts nothing off, but without it OpenVINO takes the mean of uint8 values before
+            # it subtracts their zero point, which costs the mean its last bits.
+            x = ov.maximum(x, _ends(source.parameters)[0])
         y = ov.mvn(x, np.array([1]), True, op.eps, "inside_sqrt")
         if op.weight is None or op.bias is None:
             return y
@@ -262,6 +279,14 @@ class _Emitter:
         integers = ov.convert(ov.constant(op.integers.weight.reshape(shape)), np.float32)
         scales = along_rows(op.integers.weight_scales, len(shape))
         return ov.multiply(integers, ov.constant(scales))
+
+
+def _ends(of: Quantization) -> tuple[np.float32, np.float32]:
+    """Return the least and the greatest value of a grid."""
+    low, high = (
+        np.float32((q - of.zero_point) * of.scale) for q in (ACTIVATION_MIN, ACTIVATION_MAX)
+    )
+    return low, high
 
 
 def _per_channel(values: Any) -> Any:
