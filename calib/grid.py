@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 
 SIGNIFICANT_BITS = 12
+"""Of a step that multiplies integers: the product is exact in float32 for any 8-bit integer,
+and so is its sum with the product of a zero point, however a runtime fuses the two."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,18 +70,21 @@ class SiteGrid:
     def in_steps(self) -> SiteGrid:
         """Return the grid with its step moved into a rescaling that is there anyway.
 
-        What is quantized then counts in steps, so no runtime has to divide by the step, and each of
-        them rounds the same number. The scales keep `SIGNIFICANT_BITS`: their product with any
-        integer of the grid is exact in float32, and so is the same whatever is fused with it.
+        What is quantized then counts in steps: no runtime has to divide by the step, so each of
+        them rounds the same number. The scales keep `SIGNIFICANT_BITS`.
         """
         if self.rescaling.changes_nothing:
-            return self
-        mantissa, exponent = torch.frexp(self.rescaling.scale * self.parameters.scale)
-        kept = torch.round(mantissa * 2**SIGNIFICANT_BITS)
+            return self.with_short_step()
+        steps = shortened(self.rescaling.scale * self.parameters.scale)
         return SiteGrid(
             parameters=replace(self.parameters, scale=1.0),
-            rescaling=replace(self.rescaling, scale=torch.ldexp(kept, exponent - SIGNIFICANT_BITS)),
+            rescaling=replace(self.rescaling, scale=steps),
         )
+
+    def with_short_step(self) -> SiteGrid:
+        """Return the grid with a step of `SIGNIFICANT_BITS`."""
+        step = float(shortened(torch.tensor(self.parameters.scale)))
+        return replace(self, parameters=replace(self.parameters, scale=step))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Quantize and dequantize (N, C, ...)."""
@@ -110,6 +115,12 @@ def drawn(rows: Tensor, most: int) -> Tensor:
     if len(rows) <= most:
         return rows
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:most]]
+
+
+def shortened(steps: Tensor) -> Tensor:
+    """Round float32 values to `SIGNIFICANT_BITS`."""
+    mantissa, exponent = torch.frexp(steps)
+    return torch.ldexp(torch.round(mantissa * 2**SIGNIFICANT_BITS), exponent - SIGNIFICANT_BITS)
 
 
 def along_channels(values: Tensor, ndim: int) -> Tensor:

@@ -242,6 +242,8 @@ class _Walk:
             self.chosen[name] = found
             if place.freedom in {Freedom.NORM, Freedom.ROWS}:
                 grid = grid.in_steps()
+            elif place.writer in self.integer:
+                grid = grid.with_short_step()
         self.grids[name] = grid
         if not grid.rescaling.changes_nothing and place.freedom is not Freedom.STREAM:
             self.arrays[f"rescale/{name}.scale"] = grid.rescaling.scale.numpy()
