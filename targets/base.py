@@ -47,7 +47,9 @@ class Capabilities:
         placements: Placements it can express; the first is the default.
         graph_forms: Forms it can emit; the first is the default.
         gelu: The form of GELU it emits: tanh or erf.
-        float_layers: Layers that stay float whatever the placement, with the reason.
+        float_layers: Layers that compute in floats whatever the placement, with the reason. Where
+            the site that they read is quantized, it is with the placement's integers, dequantized:
+            the function is that of every other runtime.
         unsupported_schemes: Schemes it cannot express, with the reason.
         default_isa: The ISA an artifact is made for when none is asked; None is this host's.
     """

@@ -112,11 +112,11 @@ class _Plan:
             return
         placement = PLACEMENTS[export.placement]
         kept = frozenset(model.float_layers)
+        kinds = placement.layers
+        if export.scheme not in ACTIVATION_BITS:
+            kinds = kinds - capabilities.float_layers.keys()
         self.integer = frozenset(
-            name
-            for name in structure.reads
-            if layer_kind(name) in placement.layers - capabilities.float_layers.keys()
-            and name not in kept
+            name for name in structure.reads if layer_kind(name) in kinds and name not in kept
         )
         if export.scheme in ACTIVATION_BITS:
             self.sites = quantized_sites(placement, structure, self.integer)

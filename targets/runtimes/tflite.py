@@ -45,6 +45,8 @@ GELU_MINIMUM = -0.171
 """A little less than either form of GELU ever is."""
 QUANTIZE_OPS = ("QUANTIZE", "DEQUANTIZE")
 
+FLOAT_LAYERS = {Layer.HEAD: "an int8 head would round the logits to int8"}
+
 
 class TfLite:
     """The runtime `tflite` (LiteRT)."""
@@ -60,7 +62,7 @@ class TfLite:
         gelu="erf",
         # Its integer kernels write integers.
         placements=("pointwise-io", "all"),
-        float_layers={Layer.HEAD: "an int8 head would round the logits to int8"},
+        float_layers=FLOAT_LAYERS,
         default_isa="arm",
     )
 
@@ -90,7 +92,7 @@ class TfLite:
         return Proof(
             method="ops and tensor types of the file",
             integer_layers=integer,
-            expected_integer_layers=computing_layers(graph, {g.Conv, g.Linear}),
+            expected_integer_layers=computing_layers(graph, {g.Conv, g.Linear}, FLOAT_LAYERS),
             weighted_layers=len(graph.weighted),
             transposes_per_block=counts["TRANSPOSE"] / graph.blocks,
             quantize_ops_per_block=quantizing / graph.blocks,
@@ -197,10 +199,10 @@ class _Emitter:
             self._ohwi(op, layer.weight),
             self.file.per_channel(layer.weight_scales, weight_axis),
         )
-        if layer.bias_scales is None:
-            if self.graph.export.scheme == "w8":
+        if layer.bias_scales is None or op.layer in FLOAT_LAYERS:
+            if self.graph.export.scheme != "w8a8-dynamic":
                 weight = self.file.dequantized(f"{op.name}.weight.float", weight)
-            bias = self.file.constant(f"{op.name}.bias", layer.bias)
+            bias = self.file.constant(f"{op.name}.bias", op.values()[1])
             source = self._padded(op, self._float(op.inputs[0]))
             self._float_op(kind, op.name, [source, weight, bias], op.shape, options)
             return
