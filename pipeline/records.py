@@ -316,7 +316,7 @@ class SiteCalibration:
     Attributes:
         range_method: Which range it took.
         strength: How far the channels' ranges were made equal: 0 not at all, 1 wholly.
-        minimum: Of the range, in the site's own units after rescaling.
+        minimum: Of the range, in units of channels rescaled to a geometric mean of 1.
         maximum: As minimum.
         clipped: Share of the values outside the range.
         spread_before: The widest channel's range over the median channel's.

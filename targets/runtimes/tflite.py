@@ -44,7 +44,6 @@ INT16 = 16
 GELU_MINIMUM = -0.171
 """A little less than either form of GELU ever is."""
 QUANTIZE_OPS = ("QUANTIZE", "DEQUANTIZE")
-
 FLOAT_LAYERS = {Layer.HEAD: "an int8 head would round the logits to int8"}
 
 

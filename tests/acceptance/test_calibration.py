@@ -142,6 +142,17 @@ def test_sixteen_bit_activations_reach_fifty_five_decibels(
     assert found.rows("w8a16")["tflite"]["sqnr_db"] >= 55.0
 
 
+@pytest.mark.parametrize(
+    ("variant", "least"), [("pointwise", 0.999), ("pointwise-io", 0.999), ("all", 0.995)]
+)
+def test_runtimes_agree(measured: tuple[str, Measured], variant: str, least: float) -> None:
+    _, found = measured
+    rows = [row for row in found.reports[variant]["agreement"] if row["scheme"] != "float"]
+    assert rows
+    for row in rows:
+        assert row["top1_agreement"] >= least, (row["a"], row["b"])
+
+
 def test_pairs_are_all_compared(measured: tuple[str, Measured]) -> None:
     _, found = measured
     pairs = {(r["a"], r["b"]) for r in found.reports["all"]["agreement"] if r["scheme"] != "float"}

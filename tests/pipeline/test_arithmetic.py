@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 
 from pipeline import arithmetic
+from pipeline.arithmetic import LEAST_DIVISOR
 from pipeline.records import PROFILES, Profile, Quantization, Range
 
 FAST = settings(max_examples=150, deadline=None)
@@ -273,6 +274,42 @@ def test_a_large_bias_raises_its_own_scale_only() -> None:
     scales = arithmetic.weight_scales(weight, bias, 1e-3, grid(weight, "full"))
     assert scales[0] == pytest.approx(1000 / (1e-3 * 2**30))
     assert scales[1] == pytest.approx(1e-6 / 127)
+
+
+@given(
+    factor=st.floats(LEAST_DIVISOR, 10_000),
+    input_scale=st.floats(2.0**-20, 1e3, width=32),
+    output_scale=st.floats(2.0**-20, 1e3, width=32),
+    steps=st.lists(st.integers(-128, 127), min_size=1, max_size=20),
+    beside=st.sampled_from([-1, 0, 1]),
+)
+@FAST
+def test_a_tie_free_scale_is_rounded_alike_by_every_kernel(
+    factor: float, input_scale: float, output_scale: float, steps: list[int], beside: int
+) -> None:
+    before = np.array([output_scale / (input_scale * factor)])
+    after = arithmetic.tie_free(before, input_scale, np.array([output_scale]))
+    n = output_scale / (input_scale * after[0])
+    whole = round(n)
+    assert whole % 2 == 1
+    assert n == pytest.approx(whole, rel=1e-12)
+    assert 1 - 1e-12 <= after[0] / before[0] <= 1 + 2 / (LEAST_DIVISOR - 2) + 1e-12
+    # The sums nearest to halfway between two integers: n is odd, so these are the worst.
+    sums = np.array(steps) * whole + whole // 2 + beside
+    exact = np.rint(sums / whole)
+    x, w, y = np.float32(input_scale), np.float32(after[0]), np.float32(output_scale)
+    as_floats = np.rint(sums.astype(np.float32) * (x * w / y))
+    multiplier = np.rint(float(x) * float(w) / float(y) * 2.0**46)
+    in_fixed_point = np.floor(sums * multiplier / 2.0**46 + 0.5)
+    assert (as_floats == exact).all()
+    assert (in_fixed_point == exact).all()
+
+
+def test_a_scale_of_few_steps_is_left_and_so_is_one_before_floats() -> None:
+    scales, output = np.array([1.0, 1.0]), np.array([LEAST_DIVISOR - 0.5, LEAST_DIVISOR + 0.5])
+    assert arithmetic.tie_free(scales, 1.0, output)[0] == 1.0
+    assert arithmetic.tie_free(scales, 1.0, output)[1] == output[1] / LEAST_DIVISOR
+    assert arithmetic.tie_free(scales, 1.0, None) is scales
 
 
 def test_scales_are_per_output_channel() -> None:

@@ -11,21 +11,24 @@ import torch
 from numpy.typing import NDArray
 
 from calib.collect import collect
+from pipeline.arithmetic import LEAST_DIVISOR
 from pipeline.convnext import ConvNeXt, seeded
 from pipeline.fold import fold
 from pipeline.quantize import Given, quantize
 from pipeline.records import (
+    PROFILES,
     Architecture,
     Calibration,
     Export,
     Preprocessing,
+    Profile,
     QuantizedModel,
     Scheme,
     Wanted,
 )
 from pipeline.statistics import sqnr_db
 from targets.base import runtimes
-from targets.graph import Graph, Scale
+from targets.graph import Graph, QuantizePair, Scale
 from targets.runtimes.reference import evaluate
 from targets.translate import build_graph
 
@@ -63,7 +66,13 @@ def given(request: pytest.FixtureRequest) -> Given:
     return Given(folded=folded, statistics=collect(folded, [sample]), sample=sample)
 
 
-def graph(record: QuantizedModel, arrays: dict[str, Any], placement: str, scheme: Scheme) -> Graph:
+def graph(
+    record: QuantizedModel,
+    arrays: dict[str, Any],
+    placement: str,
+    scheme: Scheme,
+    profile: Profile = "full",
+) -> Graph:
     can = runtimes()["reference"].capabilities
     export = Export(
         runtime="reference",
@@ -71,7 +80,7 @@ def graph(record: QuantizedModel, arrays: dict[str, Any], placement: str, scheme
         placement=placement,
         graph_form=can.graph_forms[0],
         gelu=can.gelu,
-        profile=None if scheme == "float" else "full",
+        profile=None if scheme == "float" else profile,
     )
     return build_graph(record, arrays, can, export)
 
@@ -160,6 +169,37 @@ def without_rounding(
         exact[f"{key}.weight"] = of.weight / rows.reshape(-1, *[1] * (of.weight.ndim - 1))
         exact[f"{key}.bias"] = of.bias / (rows * np.float64(record.sites[site].scale))
     return exact
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_no_requantization_can_tie(given: Given, profile: Profile) -> None:
+    record, arrays = quantize(given, HOW, labels=None, parents={})
+    made = graph(record, arrays, "all", "w8a8", profile)
+    seen = 0
+    for op in made.weighted:
+        site, read = made.output_site(op), made[op.inputs[0]]
+        if site is None or op.integers is None:
+            continue
+        assert isinstance(read, QuantizePair)
+        step = read.parameters.scale * op.integers.weight_scales.astype(np.float64)
+        n = site.parameters.scale / step
+        n = n[n > LEAST_DIVISOR]
+        seen += len(n)
+        from_odd = np.abs(n - (2 * np.rint((n - 1) / 2) + 1))
+        # Scales are float32: of 2**20 steps that is a tenth of one.
+        assert (from_odd[n < 2**20] <= n[n < 2**20] * 2.0**-23).all(), op.name
+    assert seen > 100
+
+
+def test_a_site_behind_a_site_takes_its_grid(given: Given) -> None:
+    record, arrays = quantize(given, HOW, labels=None, parents={})
+    made = graph(record, arrays, "all", "w8a8")
+    pairs = [op for op in made.ops if isinstance(op, QuantizePair)]
+    behind = [op for op in pairs if isinstance(made[op.inputs[0]], QuantizePair)]
+    assert behind
+    for op in behind:
+        assert op.parameters == record.sites[op.inputs[0]]
+        assert record.chosen[op.name] == record.chosen[op.inputs[0]]
 
 
 def test_the_mean_error_of_layers_falls_on_images_held_out(given: Given) -> None:
