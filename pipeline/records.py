@@ -480,7 +480,12 @@ class Latency:
 
 @_reported
 class Agreement:
-    """Two artifacts of equal scheme on the same images; not transitive, so every pair has a row."""
+    """Two artifacts of equal scheme on the same images; not transitive, so every pair has a row.
+
+    `diff_over_error` is `rms_logit_diff` over what quantization does to the logits (RMS against the
+    float artifact, of the better of the two): 0 where both compute the same, 1 and more where they
+    have no more in common than each has with the float model.
+    """
 
     a: str
     b: str
@@ -492,6 +497,7 @@ class Agreement:
     top1_agreement: Fraction
     max_abs_logit_diff: float
     rms_logit_diff: float | None = None
+    diff_over_error: float | None = None
     placement_a: str | None = None
     placement_b: str | None = None
 

@@ -24,7 +24,7 @@ from pipeline.statistics import paired_difference_interval, sqnr_db
 from targets.base import run_padded, runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
@@ -243,8 +243,13 @@ def agreement_stage(
     progress(0, 1)
     exports = [TypeAdapter(Export).validate_python(item["export"]) for item in artifacts]
     logits = [np.load(Path(item["folder"]) / LOGITS) for item in artifacts]
+    floats = {
+        export.runtime: values
+        for export, values in zip(exports, logits, strict=True)
+        if export.scheme == "float"
+    }
     rows = [
-        asdict(agreement((exports[i], logits[i]), (exports[j], logits[j])))
+        asdict(agreement((exports[i], logits[i]), (exports[j], logits[j]), floats))
         for i, j in itertools.combinations(range(len(artifacts)), 2)
         if exports[i].scheme == exports[j].scheme
     ]
@@ -253,10 +258,25 @@ def agreement_stage(
 
 
 def agreement(
-    a: tuple[Export, NDArray[np.float32]], b: tuple[Export, NDArray[np.float32]]
+    a: tuple[Export, NDArray[np.float32]],
+    b: tuple[Export, NDArray[np.float32]],
+    floats: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Agreement:
-    """Compare two artifacts' logits on the same images, shape (n, classes) each."""
+    """Compare two artifacts' logits on the same images, shape (n, classes) each.
+
+    Args:
+        a: One artifact and its logits.
+        b: The other.
+        floats: Runtimes to their float artifacts' logits, as far as they are known.
+    """
     (ours, x), (theirs, y) = a, b
+    difference, known = _rms(x, y), floats or {}
+    errors = [
+        _rms(values, known[export.runtime])
+        for export, values in (a, b)
+        if export.scheme != "float" and export.runtime in known
+    ]
+    least = min(errors, default=0.0)
     return Agreement(
         a=ours.runtime,
         b=theirs.runtime,
@@ -267,7 +287,12 @@ def agreement(
         profile_b=theirs.profile,
         top1_agreement=float((x.argmax(axis=1) == y.argmax(axis=1)).mean()),
         max_abs_logit_diff=float(np.abs(x - y).max()),
-        rms_logit_diff=float(np.sqrt(np.square(x.astype(np.float64) - y).mean())),
+        rms_logit_diff=difference,
+        diff_over_error=difference / least if least else None,
         placement_a=ours.placement,
         placement_b=theirs.placement,
     )
+
+
+def _rms(x: NDArray[np.float32], y: NDArray[np.float32]) -> float:
+    return float(np.sqrt(np.square(x.astype(np.float64) - y).mean()))

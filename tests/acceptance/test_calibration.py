@@ -86,10 +86,10 @@ class Measured:
         for name in ("pointwise", "pointwise-io", "all"):
             for row in self.reports[name]["agreement"]:
                 if row["scheme"] != "float" and row["placement_a"] == row["placement_b"]:
-                    figures = (f"{row['rms_logit_diff']:.5f}", f"{row['max_abs_logit_diff']:.4f}")
+                    figures = (f"{row['diff_over_error']:.3f}", f"{row['max_abs_logit_diff']:.4f}")
                     pair = f"{row['a']}/{row['b']}"
                     table.add_row(
-                        f"{name}: rms, max", pair, *figures, "", str(row["top1_agreement"])
+                        f"{name}: apart, max", pair, *figures, "", str(row["top1_agreement"])
                     )
         Console(width=120).print(table)
 
@@ -143,14 +143,22 @@ def test_sixteen_bit_activations_reach_fifty_five_decibels(
 
 
 @pytest.mark.parametrize(
-    ("variant", "least"), [("pointwise", 0.999), ("pointwise-io", 0.999), ("all", 0.995)]
+    ("variant", "least", "most"),
+    [
+        ("pointwise", 0.999, 1 / 3),
+        ("pointwise-io", 0.999, 0.4),  # 1 / 3 is not reached: docs/decisions/0012-rounding-alike.md
+        ("all", 0.995, 1 / 3),
+    ],
 )
-def test_runtimes_agree(measured: tuple[str, Measured], variant: str, least: float) -> None:
+def test_runtimes_agree(
+    measured: tuple[str, Measured], variant: str, least: float, most: float
+) -> None:
     _, found = measured
     rows = [row for row in found.reports[variant]["agreement"] if row["scheme"] != "float"]
     assert rows
     for row in rows:
         assert row["top1_agreement"] >= least, (row["a"], row["b"])
+        assert row["diff_over_error"] <= most, (row["a"], row["b"])
 
 
 def test_pairs_are_all_compared(measured: tuple[str, Measured]) -> None:

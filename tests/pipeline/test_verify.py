@@ -48,6 +48,18 @@ def test_the_same_logits_lose_nothing_and_have_no_noise() -> None:
     assert found.sqnr_db is None
 
 
+def test_a_difference_is_held_against_the_better_one_s_error() -> None:
+    near, far = FLOAT + np.float32(0.5), FLOAT - np.float32(2)
+    pair = (_export("onnx"), near), (_export("tflite"), far)
+    found = agreement(*pair, {"onnx": FLOAT, "tflite": FLOAT})
+    assert found.rms_logit_diff == pytest.approx(2.5)
+    assert found.diff_over_error == pytest.approx(2.5 / 0.5)
+    assert agreement(*pair, {"tflite": FLOAT}).diff_over_error == pytest.approx(2.5 / 2)
+    assert agreement(*pair).diff_over_error is None
+    # Where nothing is lost there is nothing to hold it against.
+    assert agreement((_export("onnx"), FLOAT), pair[1], {"onnx": FLOAT}).diff_over_error is None
+
+
 def test_agreement_is_of_the_labels_and_of_the_largest_difference() -> None:
     found = agreement((_export("onnx"), FLOAT), (_export("tflite"), 3 * OTHER))
     assert (found.a, found.b, found.n) == ("onnx", "tflite", 5)
