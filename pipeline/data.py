@@ -12,6 +12,7 @@ from calib.images import DIGITS, digest, select
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import NONE
 from pipeline.records import Selection
+from pipeline.store import sha256_bytes
 from reports.document import DataSource
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def choose(recipe: Recipe, model: Checkpoint, progress: Progress) -> Data:
     exam = select(evaluation, model) if evaluation else None
     held_out = exam.hashes() if exam else []
     progress(2, 2)
-    shared = len(set(hashes) & set(held_out))
+    # Empty files are damaged ones, and left out later.
+    shared = len(set(hashes) & set(held_out) - {sha256_bytes(b"")})
     if shared and not recipe.allow_overlap:
         raise DataError(
             f"{shared} images are used both to calibrate and to evaluate",
