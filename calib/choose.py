@@ -16,7 +16,7 @@ from calib.equalize import STRENGTHS, rescaling, spread, stream_candidates, widt
 from calib.grid import Rescaling, SiteGrid
 from calib.observers import ChannelRange
 from calib.ranges import SomeValues, clipped_range
-from pipeline.arithmetic import BITS, activation_quantization, limits
+from pipeline.arithmetic import WIDE_BITS, activation_quantization, limits
 from pipeline.records import Range, RangeMethod, SiteCalibration
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from calib.equalize import Widths as ChannelWidths
     from calib.probe import Reader
-    from pipeline.records import Calibration
+    from pipeline.records import Bits, Calibration
 
 FIRST_RANGES: tuple[RangeMethod, ...] = ("min-max", "mse")
 """Tried with every rescaling; the others only with the best one."""
@@ -102,7 +102,7 @@ class _Search:
     def __init__(
         self,
         seen: Seen,
-        bits: Literal[8, 16],
+        bits: Bits,
         free: Literal["shift", "scale", "none"] = "none",
         given: Rescaling | None = None,
         *,
@@ -161,7 +161,7 @@ class _Search:
 def choose(
     seen: Seen,
     how: Calibration,
-    bits: Literal[8, 16],
+    bits: Bits,
     *,
     free: Literal["shift", "scale", "none"],
     given: Rescaling | None = None,
@@ -180,7 +180,7 @@ def choose(
     Returns:
         The grid, made from all that is known, and what it costs.
     """
-    if bits != BITS:
+    if bits == WIDE_BITS:
         # Its steps are so small that all it can lose is what a range clips, on any image.
         methods = ("min-max",)
     search = _Search(seen, bits, free, given)
@@ -191,7 +191,7 @@ def choose(
         if how.rescale and free != "none":
             best = _rescaled(_Search(seen, bits, free, halved=True), methods)
         best = search.best([best, *(replace(best, method=m) for m in methods)])
-        if bits == BITS and len(methods) > 1:
+        if bits != WIDE_BITS and len(methods) > 1:
             best = _refined(search, best)
     return _made(search, best)
 
@@ -223,7 +223,7 @@ def _refined(search: _Search, best: Choice) -> Choice:
     return best
 
 
-def choose_stream(sites: Sequence[Seen], bits: Literal[8, 16]) -> Rescaling:
+def choose_stream(sites: Sequence[Seen], bits: Bits) -> Rescaling:
     """Choose one rescaling for the residual stream of a stage.
 
     Args:

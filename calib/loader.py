@@ -1,25 +1,28 @@
 """Images decoded ahead, in processes of their own.
 
-In: an `ImageSet`, a `Preprocessing`, a number of processes. Out: the same entries and pixels, in
-the same order, as decoding one by one gives; a few batches wait in memory at any time.
+In: an `ImageSet`, a `Preprocessing`, a number of processes; or what to do with each of many
+indices. Out: the same, in the same order, as doing one after the other here gives; a few batches
+wait in memory at any time.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from calib.preprocess import Unreadable, attempt
-from pipeline.errors import DataError, WorkerError
+from calib.preprocess import attempt
+from pipeline.errors import EdgeError, WorkerError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from calib.images import Entry, ImageSet
-    from calib.preprocess import Pixels
+    from calib.preprocess import Pixels, Unreadable
     from pipeline.records import Preprocessing
 
 # A fork of a process whose threads have run torch can hang. A server that has imported torch but
@@ -32,22 +35,27 @@ MAX_CHUNK = 16
 """Images per message; MAX_CHUNK * PREFETCH * workers of them wait at most."""
 DIED = "DataLoader worker"
 
+_Found = TypeVar("_Found")
 
-class _Decoded(Dataset["tuple[int, Pixels | DataError]"]):
-    """Every image's pixels, or its error: torch would raise one as a traceback in a message."""
 
-    def __init__(self, images: ImageSet, preprocessing: Preprocessing) -> None:
-        self.images = images
-        self.preprocessing = preprocessing
+@dataclass(frozen=True, slots=True)
+class _Raised:
+    """An error on its way here: torch would raise it as a traceback in a message."""
 
-    def __len__(self) -> int:
-        return len(self.images.entries)
+    error: EdgeError
 
-    def __getitem__(self, index: int) -> tuple[int, Pixels | DataError]:
+
+class _Done(Dataset["_Found | _Raised"], Generic[_Found]):
+    """What is found of each index, or the error."""
+
+    def __init__(self, do: Callable[[int], _Found]) -> None:
+        self.do = do
+
+    def __getitem__(self, index: int) -> _Found | _Raised:
         try:
-            return index, attempt(self.images, self.images.entries[index], self.preprocessing)
-        except DataError as error:
-            return index, error
+            return self.do(index)
+        except EdgeError as error:
+            return _Raised(error)
 
 
 def ahead(
@@ -65,11 +73,32 @@ def ahead(
         DataError: As `attempt` raises it in the process.
         WorkerError: A process died.
     """
+    do = partial(_attempted, images, preprocessing)
+    found = done_ahead(do, range(len(images.entries)), batch, workers)
+    yield from zip(images.entries, found, strict=True)
+
+
+def done_ahead(
+    do: Callable[[int], _Found], indices: Sequence[int], batch: int, workers: int
+) -> Iterator[_Found]:
+    """Yield do(index) for every index, in order, done in other processes.
+
+    Args:
+        do: What pickles and needs no more than the index.
+        indices: Of images.
+        batch: How many the caller takes at a time.
+        workers: As of `ahead`.
+
+    Raises:
+        EdgeError: As `do` raises it in the process.
+        WorkerError: A process died.
+    """
     context = multiprocessing.get_context(METHOD)
     context.set_forkserver_preload(list(PRELOAD))
     loader = DataLoader(
-        _Decoded(images, preprocessing),
+        _Done(do),
         batch_size=min(batch, MAX_CHUNK),
+        sampler=indices,
         num_workers=workers,
         prefetch_factor=PREFETCH,
         collate_fn=_as_they_are,
@@ -79,10 +108,10 @@ def ahead(
     )
     try:
         for chunk in loader:
-            for index, found in chunk:
-                if isinstance(found, DataError) and not isinstance(found, Unreadable):
-                    raise found
-                yield images.entries[index], found
+            for found in chunk:
+                if isinstance(found, _Raised):
+                    raise found.error
+                yield found
     except RuntimeError as error:
         if DIED not in str(error):
             raise
@@ -93,7 +122,9 @@ def ahead(
         ) from error
 
 
-def _as_they_are(
-    items: list[tuple[int, Pixels | DataError]],
-) -> list[tuple[int, Pixels | DataError]]:
+def _attempted(images: ImageSet, preprocessing: Preprocessing, index: int) -> Pixels | Unreadable:
+    return attempt(images, images.entries[index], preprocessing)
+
+
+def _as_they_are(items: list[_Found]) -> list[_Found]:
     return items

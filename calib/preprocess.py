@@ -84,7 +84,7 @@ def decode(data: bytes, name: str, channels: int = RGB) -> NDArray[np.uint8]:
         Unreadable: It is not an image, is damaged, or its values have no range (floats).
         DataError: It has too many pixels.
     """
-    pixels = np.array(_decoded(data, name, channels))
+    pixels = np.array(decoded(data, name, channels))
     return pixels if channels == RGB else pixels[..., None]
 
 
@@ -108,7 +108,15 @@ def preprocess(data: bytes, name: str, preprocessing: Preprocessing) -> Pixels:
         DataError: As `decode` and `check`.
     """
     check(preprocessing)
-    image = _decoded(data, name, preprocessing.channels)
+    return fitted(decoded(data, name, preprocessing.channels), name, preprocessing)
+
+
+def fitted(image: Image.Image, name: str, preprocessing: Preprocessing) -> Pixels:
+    """Return what `preprocess` does of an image that is decoded.
+
+    Raises:
+        DataError: It has too many pixels when resized.
+    """
     width, height = resized = _resized(image.width, image.height, preprocessing)
     if width * height > MAX_PIXELS:
         raise _bomb(name, f"{width} x {height} pixels when resized")
@@ -116,12 +124,30 @@ def preprocess(data: bytes, name: str, preprocessing: Preprocessing) -> Pixels:
     left, top = (width - size) // 2, (height - size) // 2
     if resized == image.size or preprocessing.antialias:
         image = image.resize(resized, FILTERS[preprocessing.interpolation])
-        image = image.crop((left, top, left + size, top + size))
-        pixels = np.asarray(image, np.float32).reshape(size, size, preprocessing.channels)
-    else:
-        pixels = _interpolated(image, resized, preprocessing)
-        pixels = pixels[top : top + size, left : left + size].clip(0, 255)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        return _planes(image.crop((left, top, left + size, top + size)), preprocessing.channels)
+    pixels = _interpolated(image, resized, preprocessing)
+    return np.ascontiguousarray(pixels[:, top : top + size, left : left + size].clip(0, 255))
+
+
+def cropped(
+    image: Image.Image, box: tuple[int, int, int, int], preprocessing: Preprocessing
+) -> Pixels:
+    """Resize a part of a decoded image to the input, with the preprocessing's interpolation.
+
+    Args:
+        image: As of `decoded`.
+        box: The part's left, top, right and bottom, in the image's pixels.
+        preprocessing: How; its own crop has no part in it.
+
+    Returns:
+        As `preprocess`.
+    """
+    size = (preprocessing.input_size, preprocessing.input_size)
+    if preprocessing.antialias:
+        image = image.resize(size, FILTERS[preprocessing.interpolation], box=box)
+        return _planes(image, preprocessing.channels)
+    pixels = _interpolated(image.crop(box), size, preprocessing)
+    return np.ascontiguousarray(pixels.clip(0, 255))
 
 
 def check(preprocessing: Preprocessing) -> None:
@@ -265,7 +291,13 @@ def attempt(images: ImageSet, entry: Entry, preprocessing: Preprocessing) -> Pix
         return error
 
 
-def _decoded(data: bytes, name: str, channels: int) -> Image.Image:
+def decoded(data: bytes, name: str, channels: int) -> Image.Image:
+    """Return what `decode` does as Pillow's image, its mode RGB or L.
+
+    Raises:
+        Unreadable: As `decode`.
+        DataError: As `decode`.
+    """
     try:
         with warnings.catch_warnings():
             # Bombs are an error here, below Pillow's own limit; transparency is dropped knowingly.
@@ -316,8 +348,13 @@ def _resized(width: int, height: int, preprocessing: Preprocessing) -> tuple[int
     return int(shorter * width / height), shorter
 
 
+def _planes(image: Image.Image, channels: int) -> Pixels:
+    pixels = np.asarray(image, np.float32).reshape(image.height, image.width, channels)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+
+
 def _interpolated(image: Image.Image, size: tuple[int, int], how: Preprocessing) -> Pixels:
-    """Resize float pixels with half-pixel centres and without a filter: (H, W, C)."""
+    """Resize float pixels with half-pixel centres and without a filter: (C, H, W)."""
     import torch
     from torch.nn import functional
 
@@ -330,7 +367,7 @@ def _interpolated(image: Image.Image, size: tuple[int, int], how: Preprocessing)
         found = functional.interpolate(
             pixels, target, mode=how.interpolation, align_corners=False, antialias=False
         )
-    return found[0].permute(1, 2, 0).numpy()
+    return found[0].numpy()
 
 
 def _bomb(name: str, what: str) -> DataError:

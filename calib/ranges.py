@@ -10,7 +10,7 @@ MSE); Migacz, "8-bit Inference with TensorRT", 2017 (entropy).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from calib.grid import Rescaling
-    from pipeline.records import RangeMethod
+    from pipeline.records import Bits, RangeMethod
 
 PERCENTILE = 0.9999
 """Of the values below the upper end, and above the lower."""
@@ -59,7 +59,7 @@ def clipped_range(
     by: Rescaling,
     observed: Range,
     method: RangeMethod,
-    bits: Literal[8, 16] = 8,
+    bits: Bits = 8,
 ) -> Range:
     """Return the range that a method takes for a tensor.
 
@@ -91,7 +91,7 @@ def clipped_range(
     return Range(minimum=min(low, high), maximum=max(low, high))
 
 
-def _least_squares(x: Tensor, observed: Range, bits: Literal[8, 16]) -> tuple[float, float]:
+def _least_squares(x: Tensor, observed: Range, bits: Bits) -> tuple[float, float]:
     low, high = observed.minimum, observed.maximum
 
     def error(low: float, high: float) -> float:

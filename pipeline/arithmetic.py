@@ -12,11 +12,11 @@ int32 at scale_x * scale_w. Rounding is half to even.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from pipeline.records import Profile, Quantization, Range
+from pipeline.records import Bits, Profile, Quantization, Range
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -29,6 +29,12 @@ WIDE_BITS: Final = 16
 ACTIVATION_MIN, ACTIVATION_MAX = -128, 127
 ACTIVATION_LIMIT_16 = 32767
 """Of w8a16, symmetric as TFLite's kernels ask; -32768 does not occur."""
+ENDS: dict[Bits, tuple[int, int]] = {
+    4: (-8, 7),
+    8: (ACTIVATION_MIN, ACTIVATION_MAX),
+    16: (-ACTIVATION_LIMIT_16, ACTIVATION_LIMIT_16),
+}
+"""The least and the greatest integer of an activation, by bits."""
 BIAS_LIMIT = 2**30
 SMALLEST_SCALE = 2.0**-62
 """Below this a scale counts as zero; the product of two such scales is still a normal float32."""
@@ -47,7 +53,7 @@ SMALLEST_FACTOR = {BITS: 0.85, FEW_BITS: 0.55}
 """How far below max|w| / limit a row's scale is searched: clipping few to round all finer."""
 
 
-def activation_quantization(observed: Range, bits: Literal[8, 16] = 8) -> Quantization:
+def activation_quantization(observed: Range, bits: Bits = 8) -> Quantization:
     """Choose scale and zero point for a tensor with this range.
 
     The range is widened to contain 0, so that 0.0 is exactly a grid point. The scale is a float32,
@@ -55,29 +61,27 @@ def activation_quantization(observed: Range, bits: Literal[8, 16] = 8) -> Quanti
 
     Args:
         observed: The least and the greatest value to represent.
-        bits: 8, asymmetric; or 16, symmetric.
+        bits: 8 or 4, asymmetric; or 16, symmetric.
 
     Returns:
         Parameters for int8 in [-128, 127] (for uint8 add 128 to q and to the zero point), or for
-        int16 in [-32767, 32767].
+        int16 in [-32767, 32767]. With 4 bits q is in [-8, 7].
     """
     low, high = min(observed.minimum, 0.0), max(observed.maximum, 0.0)
     if bits == WIDE_BITS:
         scale = float(np.float32(max(-low, high) / ACTIVATION_LIMIT_16))
         return Quantization(scale=1.0 if scale < SMALLEST_SCALE else scale, zero_point=0, bits=16)
-    steps = ACTIVATION_MAX - ACTIVATION_MIN
-    scale = float(np.float32((high - low) / steps))
+    first, last = ENDS[bits]
+    scale = float(np.float32((high - low) / (last - first)))
     if scale < SMALLEST_SCALE:
-        return Quantization(scale=1.0, zero_point=0)
-    zero_point = int(np.clip(np.rint(ACTIVATION_MIN - low / scale), ACTIVATION_MIN, ACTIVATION_MAX))
-    return Quantization(scale=scale, zero_point=zero_point)
+        return Quantization(scale=1.0, zero_point=0, bits=bits)
+    zero_point = int(np.clip(np.rint(first - low / scale), first, last))
+    return Quantization(scale=scale, zero_point=zero_point, bits=bits)
 
 
 def limits(parameters: Quantization) -> tuple[int, int]:
     """Return the least and the greatest integer of a grid."""
-    if parameters.bits == WIDE_BITS:
-        return -ACTIVATION_LIMIT_16, ACTIVATION_LIMIT_16
-    return ACTIVATION_MIN, ACTIVATION_MAX
+    return ENDS[parameters.bits]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -257,6 +257,87 @@ _pipeline_command(
 
 
 @app.command()
+def finetune(
+    run_dir: RunDir,
+    out: Annotated[Path, typer.Option(help="The new run folder.")],
+    data: Annotated[
+        str | None, typer.Option(help="Training images; left out: those that RUN_DIR names.")
+    ] = None,
+    scheme: Annotated[str | None, typer.Option(help="w8a8, w4a8, w4a4, w8a16 or w8.")] = None,
+    placement: Annotated[
+        str | None, typer.Option(help="Layers in integers: pointwise, pointwise-io or all.")
+    ] = None,
+    runtimes: Annotated[str | None, typer.Option(help="Comma-separated.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Whose quantizers: own or nncf.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Images of an update.")] = None,
+    images: Annotated[int | None, typer.Option(help="Train on at most so many.")] = None,
+    rate: Annotated[
+        float | None, typer.Option(help="Of weights: steps of their grid per update.")
+    ] = None,
+    scale_rate: Annotated[
+        float | None, typer.Option(help="Of scales, offsets and biases, relative.")
+    ] = None,
+    average: Annotated[
+        float | None, typer.Option(help="Of the exponential mean of weights; 0: none.")
+    ] = None,
+    drop_path: Annotated[
+        float | None, typer.Option(help="Share of images that skip the last block.")
+    ] = None,
+    logit_weight: Annotated[float | None, typer.Option(help="Of the logits' distance.")] = None,
+    kl_weight: Annotated[float | None, typer.Option(help="Of the divergence.")] = None,
+    block_weight: Annotated[float | None, typer.Option(help="Of the blocks' outputs.")] = None,
+    label_weight: Annotated[float | None, typer.Option(help="Of the labels.")] = None,
+    oscillation: Annotated[str | None, typer.Option(help="auto, count, dampen or freeze.")] = None,
+    crop: Annotated[float | None, typer.Option(help="Least area of a random crop.")] = None,
+    flip: Annotated[float | None, typer.Option(help="Share of images mirrored.")] = None,
+    colour: Annotated[float | None, typer.Option(help="Strength of colour jitter.")] = None,
+    randaugment: Annotated[int | None, typer.Option(help="Operations per image.")] = None,
+    save_minutes: Annotated[float | None, typer.Option(help="Between checkpoints.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of images' order and augmentation.")] = None,
+    bench: Annotated[bool | None, typer.Option("--bench/--no-bench")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Go on from an unfinished training.")
+    ] = True,
+) -> None:
+    """Train a run folder's quantized model on; leaves a run folder of its own."""
+    from pipeline.run import Steps, trained_on
+
+    changes = {
+        "scheme": scheme,
+        "placement": placement,
+        "runtimes": tuple(words.listed(runtimes)) if runtimes is not None else None,
+        "train": words.data_place(data),
+        "bench": bench,
+        "finetune": {
+            "engine": engine,
+            "epochs": epochs,
+            "batch": batch,
+            "images": images,
+            "rate": rate,
+            "scale_rate": scale_rate,
+            "average": average,
+            "drop_path": drop_path,
+            "logit_weight": logit_weight,
+            "kl_weight": kl_weight,
+            "block_weight": block_weight,
+            "label_weight": label_weight,
+            "oscillation": oscillation,
+            "save_minutes": save_minutes,
+            "seed": seed,
+            "augmentation": {
+                "crop": crop,
+                "flip": flip,
+                "colour": colour,
+                "randaugment": randaugment,
+            },
+        },
+    }
+    settings = trained_on(run_dir, changes)
+    _conclude(_execute(settings, out, Steps(restart=not resume)), out)
+
+
+@app.command()
 def verify(run_dir: RunDir) -> None:
     """Run the artifacts of a run folder over its evaluation images."""
     from pipeline.run import Steps

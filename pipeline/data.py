@@ -42,11 +42,15 @@ class Chosen:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Data:
-    """The images of a run; where `evaluation` is None, `why_not` says why."""
+    """The images of a run; where `evaluation` is None, `why_not` says why.
+
+    `training` is None where nothing is trained.
+    """
 
     calibration: Chosen
     evaluation: Chosen | None
     why_not: str
+    training: Chosen | None = None
 
     def without(self, *, calibration: Sequence[str] = (), evaluation: Sequence[str] = ()) -> Data:
         """Return the same images with the names of those that could not be decoded."""
@@ -84,12 +88,17 @@ def choose(recipe: Recipe, model: Checkpoint, progress: Progress) -> Data:
     evaluation = _evaluation(recipe, where)
     exam = select(evaluation, model) if evaluation else None
     held_out = exam.hashes() if exam else []
+    lessons = _training(recipe, where)
+    learnt_from = select(lessons) if lessons else None
+    learnt = learnt_from.hashes() if learnt_from else []
     progress(2, 2)
     # Empty files are damaged ones, and left out later.
-    shared = len(set(hashes) & set(held_out) - {sha256_bytes(b"")})
-    if shared and not recipe.allow_overlap:
+    for seen, verb in ((hashes, "calibrate"), (learnt, "train")):
+        shared = len(set(seen) & set(held_out) - {sha256_bytes(b"")})
+        if not shared or recipe.allow_overlap:
+            continue
         raise DataError(
-            f"{shared} images are used both to calibrate and to evaluate",
+            f"{shared} images are used both to {verb} and to evaluate",
             allowed="disjoint sets: train/ and val/ in --data, or another --eval",
             do="Separate them, or give --allow-overlap and mistrust the accuracy",
         )
@@ -97,7 +106,17 @@ def choose(recipe: Recipe, model: Checkpoint, progress: Progress) -> Data:
         calibration=_chosen(calibration, pool, hashes),
         evaluation=_chosen(evaluation, exam, held_out) if evaluation and exam else None,
         why_not=NOT_ASKED if recipe.eval == NONE else NO_LABELS,
+        training=_chosen(lessons, learnt_from, learnt) if lessons and learnt_from else None,
     )
+
+
+def _training(recipe: Recipe, data: str) -> Selection | None:
+    how = recipe.finetune
+    if how is None:
+        return None
+    selection = _selection(recipe, recipe.train or data, "calibration", how.images)
+    # Labels are of use here; calibration looks at none.
+    return replace(selection, seed=how.seed, class_order=recipe.class_order)
 
 
 def _evaluation(recipe: Recipe, data: str) -> Selection | None:

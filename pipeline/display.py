@@ -76,6 +76,7 @@ class Display:
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
+            TextColumn("[dim]{task.fields[note]}"),
             console=self.console,
             transient=True,
         )
@@ -98,11 +99,11 @@ class Display:
     def stage(self, name: str) -> Iterator[Callback]:
         """Show a stage while the block runs; give what the block reports its progress to."""
         with self._lock:
-            task = self._bars.add_task(name, total=None)
+            task = self._bars.add_task(name, total=None, note="")
         started = time.monotonic()
 
-        def advance(done: int, total: int) -> None:
-            self._bars.update(task, completed=done, total=total)
+        def advance(done: int, total: int, note: str = "") -> None:
+            self._bars.update(task, completed=done, total=total, note=note)
 
         try:
             yield advance

@@ -106,25 +106,32 @@ def ranks_here() -> int:
 
 
 @contextlib.contextmanager
-def group(call: int | None) -> Iterator[Group]:
+def group(call: int | None, *, training: bool = False) -> Iterator[Group]:
     """Join the processes that share one announced stage.
 
     Args:
         call: The number that `announce` gave it; None where nobody else takes part.
+        training: Whether gradients are exchanged.
 
     Yields:
-        The group, on gloo: what is gathered are objects, and inference runs on CPUs.
+        The group, on gloo: what is gathered are objects, and inference runs on CPUs. Gradients on
+        GPUs are exchanged over NCCL.
     """
     if call is None:
         yield Group()
         return
+    from torch import cuda
     from torch import distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
 
     # Every stage has its own keys: a process takes part in many groups, one after the other.
     store = PrefixStore(f"stage/{call}", _rendezvous())
     dist.init_process_group(
-        "gloo", store=store, rank=rank(), world_size=world_size(), timeout=PATIENCE
+        "cpu:gloo,cuda:nccl" if training and cuda.is_available() else "gloo",
+        store=store,
+        rank=rank(),
+        world_size=world_size(),
+        timeout=PATIENCE,
     )
     try:
         yield Group(rank=rank(), size=world_size())

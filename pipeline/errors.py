@@ -68,5 +68,9 @@ class ArtifactError(EdgeError):
     """An artifact that is damaged or was not made by this project."""
 
 
+class TrainingError(EdgeError):
+    """Training that cannot begin, or cannot go on; what it had learnt is kept."""
+
+
 class WorkerError(EdgeError):
     """A worker process that died or answered out of turn."""

@@ -61,13 +61,15 @@ if TYPE_CHECKING:
     from calib.probe import Reader
     from pipeline.arithmetic import WeightGrid
     from pipeline.convnext import ConvNeXt
-    from pipeline.records import Rounding
+    from pipeline.records import Rounding, Scheme
     from pipeline.trace import Place
     from pipeline.worker import Progress
 
 PARAMS, TENSORS = "params.json", "tensors.safetensors"
 FLOAT = "float"
 """The lane of the float network."""
+FEW_BIT_SCHEMES = frozenset({"w4a8", "w4a4"})
+"""Whose pointwise weights have 4 bits."""
 SAMPLE_VALUES = 2**22
 """Numbers in the sample of images: what the walk holds in memory follows from it."""
 MOST_SAMPLED = 192
@@ -332,16 +334,28 @@ class _Walk:
         return "gptq" if self.how.rounding == "auto" else self.how.rounding
 
     def _weight_grid(self, name: str, profile: Profile) -> WeightGrid:
-        kind = layer_kind(name)
         shape = tuple(cast("nn.Conv2d", self.modules[name]).weight.shape)
-        few = self.wanted.scheme == "w4a8" and kind in POINTWISE
-        bits = FEW_BITS if few else BITS
-        return weight_grid(shape, profile, depthwise=kind is Layer.DEPTHWISE, bits=bits)
+        return layer_grid(self.wanted.scheme, name, shape, profile)
 
     def _keep(self, name: str, profile: Profile, layer: IntegerLayer) -> None:
         self.arrays[f"{profile}/{name}.weight"] = layer.weight
         self.arrays[f"{profile}/{name}.weight_scale"] = layer.scales
         self.arrays[f"{profile}/{name}.bias"] = layer.bias
+
+
+def layer_grid(scheme: Scheme, name: str, shape: tuple[int, ...], profile: Profile) -> WeightGrid:
+    """Say what a layer's integer weights may be.
+
+    Args:
+        scheme: Of the model.
+        name: Of the layer.
+        shape: Of its weight.
+        profile: What the integers are made for.
+    """
+    kind = layer_kind(name)
+    few = scheme in FEW_BIT_SCHEMES and kind in POINTWISE
+    bits = FEW_BITS if few else BITS
+    return weight_grid(shape, profile, depthwise=kind is Layer.DEPTHWISE, bits=bits)
 
 
 def _observed(given: Given, names: Collection[str]) -> dict[str, Tensor]:

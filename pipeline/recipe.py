@@ -7,7 +7,8 @@ on. Reads a file and touches nothing else.
 from __future__ import annotations
 
 import tomllib
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args
+from dataclasses import fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -17,6 +18,7 @@ from pipeline.records import (
     Calibration,
     CropMode,
     CropRatio,
+    Finetuning,
     Interpolation,
     PositiveFloat,
     PositiveInt,
@@ -110,6 +112,9 @@ class Recipe(_Strict):
         max_drop: Layers are left in float until the upper end of the drop's 95 % interval is at
             most so many percentage points; None leaves none.
         float_layers: Names of layers that stay float in any case.
+        finetune: How the quantized model is trained on; None leaves it as it is.
+        train: Where the training images lie; None takes `data`. Where it holds train/ and val/,
+            train/ is read.
     """
 
     checkpoint: str | None = None
@@ -126,6 +131,8 @@ class Recipe(_Strict):
     rounding: Rounding = "auto"
     max_drop: Percent | None = Field(default=None, description="a number, 0 to 100")
     float_layers: tuple[str, ...] = ()
+    finetune: Finetuning | None = None
+    train: str | None = None
     calibration_images: PositiveInt = 512
     eval_images: PositiveInt | None = None
     seed: int = 0
@@ -159,6 +166,12 @@ class Recipe(_Strict):
                 " and the reference, which decides, does not"
             )
             raise ValueError(msg)
+        if self.finetune is not None and self.scheme in {"float", "w8a8-dynamic"}:
+            msg = (
+                f"finetune does not go with {self.scheme}: take w8a8, w4a8, w4a4, w8a16 or w8,"
+                " whose grids are this project's"
+            )
+            raise ValueError(msg)
         if self.scheme == "float" and (self.max_drop is not None or self.float_layers):
             msg = "max_drop and float_layers go with a scheme that has integers, not with float"
             raise ValueError(msg)
@@ -182,25 +195,41 @@ class Recipe(_Strict):
         )
 
 
-def load_recipe(path: Path | None, overrides: Mapping[str, Any]) -> Recipe:
+def load_recipe(path: Path | None, *overrides: Mapping[str, Any]) -> Recipe:
     """Read a recipe and lay the flags over it.
 
     Args:
         path: A TOML file; None starts from the defaults.
-        overrides: Field name to value; None leaves the recipe's. `preprocessing` is laid over key
-            by key.
+        *overrides: Field name to value; None leaves what is there. Tables are laid over key by key,
+            and each of these over those before it.
 
     Raises:
         UsageError: The file is not there, is not TOML, or says something unknown.
     """
     stated = _read_toml(path) if path is not None else {}
-    given = {name: value for name, value in overrides.items() if value is not None}
-    flags = {k: v for k, v in given.pop("preprocessing", {}).items() if v is not None}
-    merged = {**stated, **given}
-    table = stated.get("preprocessing", {})
-    # What is not a table is for the validation to complain about.
-    merged["preprocessing"] = {**table, **flags} if isinstance(table, dict) else table
+    merged, given = stated, dict[str, Any]()
+    for override in overrides:
+        merged = _laid(merged, override)
+        given |= {name: value for name, value in override.items() if _says_something(value)}
     return _validated(Recipe, merged, f"the recipe {path}" if path else "the options", given)
+
+
+def _laid(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for name, value in over.items():
+        if not _says_something(value):
+            continue
+        table = merged.get(name, {})
+        # What is not a table is for the validation to complain about.
+        both = isinstance(value, dict) and isinstance(table, dict)
+        merged[name] = _laid(table, value) if both else table if isinstance(value, dict) else value
+    return merged
+
+
+def _says_something(value: object) -> bool:
+    if isinstance(value, dict):
+        return any(map(_says_something, value.values()))
+    return value is not None
 
 
 def load_budget(path: Path) -> Budget:
@@ -250,17 +279,30 @@ def _validated(
 
 
 def _allowed(kind: type[_Strict], place: list[str], error: Mapping[str, Any]) -> str:
-    if error["type"] == "extra_forbidden":
+    if error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+        table: Any = kind
         for name in place[:-1]:
-            kind = _table(kind, name)
-        return ", ".join(kind.model_fields)
+            table = _table(table, name)
+        return ", ".join(_annotations(table))
     expected = error.get("ctx", {}).get("expected")
     field = kind.model_fields.get(place[0])
     return str(expected or (field and field.description) or error["msg"])
 
 
-def _table(kind: type[_Strict], name: str) -> type[_Strict]:
+def _table(kind: Any, name: str) -> Any:
     """Return what a field holds where it is a table of its own, optional or not."""
-    annotation = kind.model_fields[name].annotation
+    annotation = _annotations(kind)[name]
     parts = (annotation, *get_args(annotation))
-    return next(part for part in parts if isinstance(part, type) and issubclass(part, _Strict))
+    return next(part for part in parts if isinstance(part, type) and _is_table(part))
+
+
+def _annotations(kind: Any) -> dict[str, Any]:
+    """Return the fields of a table with their types."""
+    if issubclass(kind, BaseModel):
+        return {name: field.annotation for name, field in kind.model_fields.items()}
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _is_table(kind: type) -> bool:
+    return issubclass(kind, _Strict) or is_dataclass(kind)

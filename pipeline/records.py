@@ -35,13 +35,16 @@ def _reported(cls: type[_Class]) -> type[_Class]:
 
 PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Side = Annotated[int, Field(gt=0, le=4096)]
 """Of a square image, in pixels; larger ones need more memory than machines have."""
 CropRatio = Annotated[float, Field(ge=0.05, le=1)]
 Batch = Annotated[int, Field(gt=0, le=4096)]
 
-Scheme = Literal["float", "w8a8", "w4a8", "w8a16", "w8a8-dynamic", "w8"]
+Scheme = Literal["float", "w8a8", "w4a8", "w8a16", "w8a8-dynamic", "w8", "w4a4"]
+Bits = Literal[4, 8, 16]
+"""Of an activation's integers."""
 Profile = Literal["full", "avx2"]
 Isa = Literal["avx2", "vnni", "arm"]
 Kind = Literal["device", "host", "emulated", "interpreted"]
@@ -50,11 +53,12 @@ CropMode = Literal["center", "squash"]
 Weights = Literal["auto", "model", "ema"]
 RangeMethod = Literal["min-max", "percentile", "mse", "entropy"]
 Rounding = Literal["auto", "nearest", "gptq", "adaround"]
+Engine = Literal["own", "nncf"]
 
 IMAGE_CHANNELS = (1, 3)
 
-SCHEMES: tuple[Scheme, ...] = ("float", "w8a8", "w4a8", "w8a16", "w8a8-dynamic", "w8")
-ACTIVATION_BITS: dict[Scheme, Literal[8, 16]] = {"w8a8": 8, "w4a8": 8, "w8a16": 16}
+SCHEMES: tuple[Scheme, ...] = ("float", "w8a8", "w4a8", "w8a16", "w8a8-dynamic", "w8", "w4a4")
+ACTIVATION_BITS: dict[Scheme, Bits] = {"w8a8": 8, "w4a8": 8, "w8a16": 16, "w4a4": 4}
 """Of the schemes that fix the activations' grid beforehand; the others quantize no site."""
 PROFILES: tuple[Profile, ...] = ("full", "avx2")
 PROFILE_OF_ISA: dict[Isa, Profile] = {"avx2": "avx2", "vnni": "full", "arm": "full"}
@@ -211,6 +215,27 @@ class Selection:
     class_order: str | None = None
 
 
+@_record
+class Augmentation:
+    """How the images of training vary from one epoch to the next, in the order it happens.
+
+    Attributes:
+        crop: The least area of a random part that is resized to the input, as a share of the
+            image's (its aspect ratio: 3/4 to 4/3); 1 crops as `Preprocessing` says.
+        flip: The share of images that are mirrored.
+        colour: Brightness, contrast and saturation change by a factor each, from 1 - colour to
+            1 + colour.
+        randaugment: How many operations kornia's RandAugment applies to each image.
+        magnitude: Of those operations, of 30.
+    """
+
+    crop: Fraction = 0.7
+    flip: Fraction = 0.5
+    colour: Fraction = 0.0
+    randaugment: Annotated[int, Field(ge=0, le=15)] = 0
+    magnitude: Annotated[int, Field(ge=1, le=29)] = 9
+
+
 # --- calibration ----------------------------------------------------------------------------------
 
 
@@ -283,6 +308,65 @@ class Wanted:
 
 
 @_record
+class Finetuning:
+    """How a quantized model is trained on.
+
+    Attributes:
+        engine: Whose quantizers learn: this project's, or NNCF's at the same places.
+        epochs: Passes over the training images.
+        batch: Images of an update, over all processes.
+        images: Trained on at most so many; None is all.
+        rate: Learning rate of weights, in steps of their grid per update.
+        scale_rate: Of scales, offsets and biases, which are learnt relative to what the
+            calibration chose.
+        warm_up: Share of all updates over which the rates rise; then they fall on a cosine.
+        decay: Weight decay, of weights alone.
+        clip: Largest norm of a gradient; what is longer is shortened.
+        average: Of the weights' exponential mean, which is what is exported: a mean over about
+            1 / (1 - average) updates. 0 exports the last ones.
+        drop_path: Share of images that skip the last block; less for those before it.
+        logit_weight: Of the logits' mean square distance from the float network's, over the mean
+            square of these.
+        kl_weight: Of the divergence of the class probabilities from the float network's.
+        block_weight: Of the blocks' outputs' distance, as `logit_weight`.
+        label_weight: Of the cross-entropy with labels; images without one do not count.
+        oscillation: What is done about weights that swing between two integers; `auto` freezes
+            them where weights have 4 bits, and else only counts them.
+        augmentation: Of the images.
+        save_minutes: A checkpoint is written so often.
+        seed: Of the order and augmentation of images and of dropped paths.
+    """
+
+    engine: Engine = "own"
+    epochs: PositiveInt = 2
+    batch: PositiveInt = 64
+    images: PositiveInt | None = None
+    rate: PositiveFloat = 5e-3
+    scale_rate: PositiveFloat = 1e-4
+    warm_up: Fraction = 0.05
+    decay: NonNegative = 0.0
+    clip: PositiveFloat = 1.0
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    logit_weight: NonNegative = 1.0
+    kl_weight: NonNegative = 1.0
+    block_weight: NonNegative = 0.0
+    label_weight: NonNegative = 0.0
+    oscillation: Literal["auto", "count", "dampen", "freeze"] = "auto"
+    augmentation: Augmentation = Augmentation()
+    save_minutes: NonNegative = 5.0
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _learns_something(self) -> Finetuning:
+        weights = (self.logit_weight, self.kl_weight, self.block_weight, self.label_weight)
+        if not any(weights):
+            msg = "logit_weight, kl_weight, block_weight and label_weight are all 0"
+            raise ValueError(msg)
+        return self
+
+
+@_record
 class Range:
     """The least and the greatest value of a tensor."""
 
@@ -306,7 +390,7 @@ class Quantization:
 
     scale: PositiveFloat
     zero_point: Annotated[int, Field(ge=-128, le=127)]
-    bits: Literal[8, 16] = 8
+    bits: Bits = 8
 
 
 @_record
@@ -345,7 +429,8 @@ class QuantizedModel:
     channel) and `.bias` (int32 at scale_x * scale_w); and `rescale/PLACE.scale`, `.shift` (float32,
     per channel) of sites and stages whose channels are rescaled.
 
-    `scheme` and `placement` are what the integers were chosen for.
+    `scheme` and `placement` are what the integers were chosen for. `trained` says how they were
+    learnt, where they were: `chosen` is then where that began.
     """
 
     architecture: Architecture
@@ -357,6 +442,7 @@ class QuantizedModel:
     float_layers: tuple[str, ...] = ()
     sites: dict[str, Quantization]
     chosen: dict[str, SiteCalibration]
+    trained: Finetuning | None = None
     parents: dict[str, str]
 
 
@@ -500,6 +586,73 @@ class Agreement:
     diff_over_error: float | None = None
     placement_a: str | None = None
     placement_b: str | None = None
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+@_reported
+class CurvePoint:
+    """How training stood after an update.
+
+    Attributes:
+        step: How many updates are behind.
+        epoch: The same in passes over the images.
+        loss: Of that update's images.
+        kl: Mean divergence of the class probabilities from the float network's, in nats.
+        sqnr_db: Of the logits; the mean square of the first batch's stands for all.
+        top1: None where the images have no labels.
+        rate: Of the weights.
+        oscillating: Share of weights that swing between two integers; None where none are counted.
+        frozen: Share of weights that no longer move for that reason.
+        images_per_second: Since this process began.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    kl: float
+    sqnr_db: float
+    top1: Fraction | None = None
+    rate: float
+    oscillating: Fraction | None = None
+    frozen: Fraction | None = None
+    images_per_second: float | None = None
+
+
+@_reported
+class Training:
+    """How the integers were learnt.
+
+    Attributes:
+        settings: What was set.
+        source: Where the images came from.
+        n: How many there are.
+        sha256: Of their list and contents.
+        updates: How many there were.
+        seconds: Of the process that finished it, from update `resumed_at` on.
+        resumed_at: Updates that an earlier process had made.
+        images_per_second: Of the process that finished it.
+        device: Where it was trained.
+        processes: How many shared every batch.
+        before: The reference's accuracy with the integers that training began with.
+        after: The same with those that it left.
+        curve: In the order of updates.
+    """
+
+    settings: Finetuning
+    source: str
+    n: int
+    sha256: str
+    updates: int
+    seconds: float
+    resumed_at: int = 0
+    images_per_second: float | None = None
+    device: str
+    processes: int = 1
+    before: Accuracy | None = None
+    after: Accuracy | None = None
+    curve: tuple[CurvePoint, ...] = ()
 
 
 # --- mixed precision ------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 In: a `Recipe` and a folder. Out: in that folder the artifacts, report.json, pages and the gate's
 word. Every stage is looked up in the store first and runs in a worker process where it is missing.
 
-    checkpoint -> calibrate -> quantize -> export -> verify -> bench -> report -> gate
-                                           (each per artifact)
+    checkpoint -> calibrate -> quantize -> tune -> finetune -> export -> verify -> bench -> report
+                                          (where asked)       (each per artifact)   -> gate
 """
 
 from __future__ import annotations
@@ -23,20 +23,23 @@ from pipeline.dialect import dialect_modules
 from pipeline.distributed import ranks_here
 from pipeline.errors import ArtifactError, UsageError
 from pipeline.exports import ARTIFACTS, MODEL_FILES, Exports
+from pipeline.finetune import Course, Finetuner
 from pipeline.locate import locate
 from pipeline.measure import Timing, Verification, time_saved
 from pipeline.placements import check_layers
-from pipeline.recipe import Recipe
+from pipeline.recipe import Recipe, load_recipe
 from pipeline.records import (
     Artifact,
     Checkpoint,
     Preprocessing,
     QuantizedModel,
+    Training,
     Tuning,
 )
 from pipeline.sidecar import DEFAULT_INPUT_SIZE, GEOMETRY, read_sidecar
 from pipeline.stages import Done, Stages
 from pipeline.store import Stage, publish, sha256_file, write_atomic
+from pipeline.training_loop import METRICS
 from pipeline.tune import TUNING, Basis, Tuner, check_decidable
 from pipeline.worker import end_all
 from reports import assemble, document
@@ -45,7 +48,7 @@ from targets import base
 from targets.devices.local import available_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from pipeline.data import Data
     from pipeline.display import Display
@@ -64,11 +67,15 @@ writes."""
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
-    """How far a run goes; a step that is not asked still takes over what was finished before."""
+    """How far a run goes; a step that is not asked still takes over what was finished before.
+
+    `restart` throws an unfinished training away instead of going on from it.
+    """
 
     export: bool = True
     verify: bool = True
     bench: bool = True
+    restart: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +135,47 @@ def stored_recipe(out: Path) -> Recipe:
         ) from error
 
 
+def trained_on(out: Path, changes: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of a run folder, with training after its calibration.
+
+    Layers that its `--max-drop` left in float stay float, and its limit stays the gate's.
+
+    Args:
+        out: The run folder.
+        changes: As of `load_recipe`.
+
+    Raises:
+        EdgeError: It is not a run folder; or a change is none that a recipe takes.
+    """
+    stored = stored_recipe(out)
+    stated = stored.model_dump(exclude_none=True)
+    if stored.max_drop is not None:
+        budget = stored.budget()
+        assert budget is not None
+        left = quantized_model(out / MODEL).float_layers
+        stated |= {"gate": budget.model_dump(exclude_none=True), "float_layers": left}
+        del stated["max_drop"]
+    # A table that says nothing asks for training as it is by default.
+    return load_recipe(None, {"finetune": {"engine": "own"}, **stated}, changes)
+
+
+def quantized_model(folder: Path) -> QuantizedModel:
+    """Read the record of a quantized model, without its arrays.
+
+    Raises:
+        ArtifactError: There is none.
+    """
+    try:
+        text = (folder / MODEL_FILES[0]).read_bytes()
+        return TypeAdapter(QuantizedModel).validate_json(text)
+    except (OSError, ValidationError) as error:
+        raise ArtifactError(
+            f"{folder} holds no quantized model ({type(error).__name__})",
+            allowed="the folder model/ of a finished run",
+            do="Run `convnext-edge run` again",
+        ) from error
+
+
 def preprocessing_of(recipe: Recipe, sidecar: Sidecar) -> Preprocessing:
     """Lay a recipe's settings over the sidecar's, and both over the defaults.
 
@@ -153,14 +201,6 @@ def preprocessing_of(recipe: Recipe, sidecar: Sidecar) -> Preprocessing:
             allowed=", ".join(item.name for item in fields(Preprocessing)),
             do="Correct the sidecar .json, the recipe or the flag",
         ) from error
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Choices:
-    """What the report says of how the integers were chosen."""
-
-    calibration: document.Calibration | None
-    tuning: Tuning | None
 
 
 class _Run:
@@ -191,6 +231,9 @@ class _Run:
         integers = quantized.folder
         if self.recipe.max_drop is not None:
             integers = self._tune(self.recipe.max_drop, steps, quantized, loaded, model, data)
+        training = None
+        if self.recipe.finetune is not None:
+            integers, training = self._finetune(steps, integers, loaded, model, data)
         self._publish(integers)
         # Only now: what was refused must not stand beside the results of an earlier run.
         write_atomic(self.out / RECIPE, self.recipe.model_dump_json(indent=2).encode())
@@ -198,7 +241,7 @@ class _Run:
         if steps.export:
             artifacts = self.exports.write(self.stages, integers)
             data = data.without(calibration=calibrated.value["skipped"])
-            chosen = self._choices(integers, quantized, data)
+            chosen = self._choices(integers, quantized, data, training)
             report = self._report(steps, loaded, model, data, artifacts, chosen)
         store = self.stages.store
         return Finished(report=report, made=tuple(store.made), reused=tuple(store.reused))
@@ -210,7 +253,7 @@ class _Run:
         model: Checkpoint,
         data: Data,
         artifacts: Sequence[Artifact],
-        chosen: _Choices,
+        chosen: assemble.Choices,
     ) -> Report:
         verification = Verification(
             self.stages, loaded, model, self.preprocessing, asked=steps.verify
@@ -239,8 +282,7 @@ class _Run:
                 )
             ],
             agreement=verified.agreement,
-            calibration=chosen.calibration,
-            tuning=chosen.tuning,
+            chosen=chosen,
         )
         # What only exported has nothing to be judged by.
         budget = self.recipe.budget() if steps.verify or steps.bench else None
@@ -342,6 +384,29 @@ class _Run:
         judge = verification.judge(exam)
         return Tuner(self.stages, given, judge=judge, saved_ms=measure).run()
 
+    def _finetune(
+        self, steps: Steps, base: Path, loaded: Done, model: Checkpoint, data: Data
+    ) -> tuple[Path, Training]:
+        """Return the folder of the model with learnt integers, and how they were learnt."""
+        how, images = self.recipe.finetune, data.training
+        assert how is not None
+        assert images is not None, "choose has selected them"
+        judge = None
+        if data.evaluation is not None:
+            judge = Verification(self.stages, loaded, model, self.preprocessing, asked=True).judge(
+                data.evaluation
+            )
+        course = Course(
+            base=base,
+            images=images,
+            workers=spare_workers(how.epochs * images.source.n, self.stages.cores),
+            checkpoint=model,
+            preprocessing=self.preprocessing,
+            how=how,
+            profile=self.exports.profile(),
+        )
+        return Finetuner(self.stages, course, judge=judge, restart=steps.restart).run()
+
     def _timing(self, model: Checkpoint, *, asked: bool, kept: bool = True) -> Timing:
         size = self.preprocessing.input_size
         batch = 1 if self.recipe.batch == "dynamic" else self.recipe.batch
@@ -356,26 +421,29 @@ class _Run:
 
     def _publish(self, integers: Path) -> None:
         """Lay the model where a person looks, and take away what an earlier one left."""
-        told = [TUNING] if (integers / TUNING).exists() else []
+        told = [name for name in (TUNING, METRICS) if (integers / name).exists()]
         if publish(integers, self.out / MODEL, (*MODEL_FILES, *told)):
             for folder in (ARTIFACTS, PAGES):
                 shutil.rmtree(self.out / folder, ignore_errors=True)
             for name in (REPORT, JUNIT, SUMMARY):
                 (self.out / name).unlink(missing_ok=True)
 
-    def _choices(self, integers: Path, quantized: Done, data: Data) -> _Choices:
+    def _choices(
+        self, integers: Path, quantized: Done, data: Data, training: Training | None
+    ) -> assemble.Choices:
         """Read what was chosen on the way to the integers; nothing where no artifact has any."""
         if self.recipe.scheme == "float":
-            return _Choices(calibration=None, tuning=None)
-        record = TypeAdapter(QuantizedModel).validate_json((integers / MODEL_FILES[0]).read_bytes())
+            return assemble.Choices()
+        record = quantized_model(integers)
         tuning = integers / TUNING
-        return _Choices(
+        return assemble.Choices(
             calibration=assemble.calibration(
                 record, sample=quantized.value["sample"], images=data.calibration.source.source
             ),
             tuning=TypeAdapter(Tuning).validate_json(tuning.read_bytes())
             if tuning.exists()
             else None,
+            training=training,
         )
 
 

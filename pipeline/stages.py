@@ -55,9 +55,9 @@ class Stages:
         self.cores = cores
         self.store = Store(out / "stages")
 
-    def worker(self, name: str) -> Worker:
+    def worker(self, name: str, patience: float = 0.0) -> Worker:
         """Return a worker that logs under this name; it starts at its first call."""
-        return Worker(self.out / "logs" / f"{name}.log")
+        return Worker(self.out / "logs" / f"{name}.log", patience)
 
     def is_done(self, stage: Stage) -> bool:
         """Tell whether a stage is finished."""

@@ -40,13 +40,13 @@ UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, e
 class Progress(Protocol):
     """What a long function calls as it goes."""
 
-    def __call__(self, done: int, total: int) -> None:
-        """Say that `done` of `total` steps are behind."""
+    def __call__(self, done: int, total: int, note: str = "") -> None:
+        """Say that `done` of `total` steps are behind, and how things stand."""
 
 
-def silent(done: int, total: int) -> None:
+def silent(done: int, total: int, note: str = "") -> None:
     """Report to nobody."""
-    del done, total
+    del done, total, note
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,10 +72,13 @@ class Worker:
 
     Args:
         log: The file that takes the process's standard error.
+        patience: Seconds that the process has to save its work when it is ended in the middle of
+            it; 0 ends it at once.
     """
 
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, patience: float = 0.0) -> None:
         self.log = log
+        self.patience = patience
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -92,6 +95,10 @@ class Worker:
         if self._process is not None:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
+            if self.patience and error is not None:
+                self._process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(self.patience)
             self._process.kill()
             self._process.wait()
             _running.discard(self._process)
@@ -241,11 +248,11 @@ class _Announcer:
         self.replies = replies
         self.last = 0.0
 
-    def __call__(self, done: int, total: int) -> None:
+    def __call__(self, done: int, total: int, note: str = "") -> None:
         now = time.monotonic()
         if done >= total or now - self.last > PROGRESS_SECONDS:
             self.last = now
-            _send(self.replies, {"progress": [done, total]})
+            _send(self.replies, {"progress": [done, total, note]})
 
 
 def _send(replies: TextIO, message: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeline.store import library_versions
@@ -33,11 +33,21 @@ if TYPE_CHECKING:
         Checkpoint,
         Latency,
         QuantizedModel,
+        Training,
         Tuning,
     )
     from targets.base import DeviceInfo
 
 BASE = ("convnext-edge", "torch", "numpy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """How the integers came about: calibrated, tuned, trained; None for what was not done."""
+
+    calibration: Calibration | None = None
+    tuning: Tuning | None = None
+    training: Training | None = None
 
 
 def host(local: DeviceInfo, distributions: Sequence[str]) -> Host:
@@ -133,8 +143,7 @@ def report(
     float_result: FloatResult,
     artifacts: Sequence[ArtifactRow],
     agreement: Sequence[Agreement],
-    calibration: Calibration | None = None,
-    tuning: Tuning | None = None,
+    chosen: Choices,
 ) -> Report:
     """Put the document together; the gate is still not_run."""
     return Report(
@@ -145,6 +154,7 @@ def report(
         artifacts=tuple(artifacts),
         agreement=tuple(agreement),
         gate=Gate(outcome="not_run", checks=()),
-        calibration=calibration,
-        tuning=tuning,
+        calibration=chosen.calibration,
+        tuning=chosen.tuning,
+        training=chosen.training,
     )

@@ -22,6 +22,7 @@ from pipeline.records import (
     Proof,
     RangeMethod,
     Scheme,
+    Training,
     Tuning,
 )
 from pipeline.store import write_atomic
@@ -187,6 +188,7 @@ class Report(_Model):
         Calibration | None, Field(description="null where no activation is quantized beforehand")
     ] = None
     tuning: Annotated[Tuning | None, Field(description="null where no --max-drop was given")] = None
+    training: Annotated[Training | None, Field(description="null where nothing was trained")] = None
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
 

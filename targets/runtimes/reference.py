@@ -132,16 +132,16 @@ def evaluate(graph: g.Graph, image: Image) -> Logits:
 
     Args:
         graph: Of any runtime.
-        image: float32 (N, C, H, W), pixels in [0, 255].
+        image: float32 (N, C, H, W), pixels in [0, 255]; of float64 all is computed in float64.
 
     Returns:
-        Logits, float32 (N, classes).
+        Logits of the image's type, (N, classes).
     """
     import torch
     from torch.nn import functional
 
     def tensor(array: Any) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array))
+        return torch.from_numpy(np.ascontiguousarray(array, image.dtype))
 
     def step(op: g.Op, x: list[torch.Tensor]) -> torch.Tensor:
         match op:

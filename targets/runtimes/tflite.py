@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.arithmetic import limits
-from pipeline.records import SCHEMES, Layer, Proof
+from pipeline.records import Layer, Proof
 from targets import graph as g
 from targets.base import (
     INPUT_NAME,
@@ -56,7 +56,7 @@ class TfLite:
         layout="NHWC",
         extra="tflite",
         distributions=("ai-edge-litert",),
-        schemes=SCHEMES,
+        schemes=("float", "w8a8", "w4a8", "w8a16", "w8a8-dynamic", "w8"),
         graph_forms=("NHWC-native",),
         gelu="erf",
         # Its integer kernels write integers.

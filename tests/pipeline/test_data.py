@@ -14,6 +14,7 @@ from pipeline.errors import DataError
 from pipeline.recipe import Recipe
 from pipeline.records import Checkpoint
 from pipeline.run import EMBEDDED
+from pipeline.worker import silent
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def folder(where: Path, *, seeds: dict[str, range]) -> Path:
 
 def chosen(where: Path, model: Checkpoint, *, allow_overlap: bool = False) -> tuple[int, int]:
     recipe = Recipe(checkpoint=str(EMBEDDED), data=str(where), allow_overlap=allow_overlap)
-    found = choose(recipe, model, lambda _done, _total: None)
+    found = choose(recipe, model, silent)
     assert found.evaluation is not None
     return found.calibration.source.n, found.evaluation.source.n
 

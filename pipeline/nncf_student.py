@@ -1,0 +1,528 @@
+"""The network that NNCF's quantizers train: a quantized model with them in it, and back.
+
+In: a `QuantizedModel` with its arrays. Out: the folded network with a fake quantizer of NNCF's at
+every site and on the weights of every integer layer, whose logits are those of the integers; and,
+whenever asked, the record that it has become.
+
+Where they stand and their scales are what the calibration chose, and stay. NNCF knows no headroom
+of pairs, no tie-free scales, no steps of twelve bits and no int32 biases: what it learnt of scales
+would not be a record. So weights and biases learn, through NNCF's rounding, and biases are rounded
+here. The integers that are trained are those of the profile `full`; what the others need is done
+when they are read back.
+
+NNCF quantizes no rescaled channels either. Here rescaling is part of the network: an affine in the
+LayerNorm, rows divided by a scale and a multiplication behind the site. All sites are per tensor.
+
+`nncf.strip` is not called: it imports torchao, which neither nncf nor this project declares, knows
+8 bits alone and leaves fake quantizers, not integers. What it would read is read here, by the same
+method of NNCF's quantizers, and held against the record. All else is NNCF's documented
+`load_from_config` and `get_config`, and torch's state dict.
+
+At the first forward NNCF compiles its quantizers in C++ (on a GPU with nvcc, which must be there),
+and keeps them in torch's cache of extensions. Where a CPU has no compiler it says so and computes
+with torch. That cannot be asked for otherwise.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from dataclasses import dataclass
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from calib.grid import along_channels
+from calib.learned import BIAS_STEPS, replaced
+from pipeline.arithmetic import (
+    ACTIVATION_MAX,
+    ACTIVATION_MIN,
+    BIAS_LIMIT,
+    WEIGHT_LIMITS,
+    along_rows,
+    quantize_bias,
+    quantize_weight,
+)
+from pipeline.convnext import Block
+from pipeline.errors import MissingRuntimeError, TrainingError, UsageError
+from pipeline.quantize import layer_grid
+from pipeline.records import ACTIVATION_BITS, PROFILES, Profile, QuantizedModel
+from pipeline.student import DroppedPath, float_network
+from pipeline.trace import Freedom, structure, trace
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from types import ModuleType
+
+    from numpy.typing import NDArray
+
+    from calib.learned import LearnedLayer
+    from pipeline.convnext import ChannelNorm
+    from pipeline.records import Quantization
+
+    Arrays = Mapping[str, NDArray[Any]]
+    Exact = NDArray[np.float64]
+
+SCHEMES = ("w8a8", "w4a8", "w8")
+TRAINED: Profile = "full"
+HOOKS = "__nncf_hooks"
+"""What NNCF's modules are under, in a state dict too."""
+STEPS = ACTIVATION_MAX - ACTIVATION_MIN
+SAME = 1e-5
+"""How far a scale read back may be from what it was, relatively: NNCF keeps ranges in float32."""
+NEXT_TO_NOTHING = 1e-15
+"""NNCF adds 1e-16 to every range."""
+PATIENCE_SECONDS = 600
+"""For NNCF's compilation. Its own is 60; without any, a lock that was left behind hangs for ever."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Held:
+    """What a quantizer of NNCF's must be.
+
+    Attributes:
+        module: Its class.
+        settings: What that is made with.
+        state: Its tensors by their names in a state dict.
+        ends: Its least and greatest integer, as it gives them to torch's fake quantization.
+        zero_point: As it counts them.
+        scale: One, or one per row.
+    """
+
+    module: str
+    settings: dict[str, Any]
+    state: dict[str, Exact]
+    ends: tuple[int, int]
+    zero_point: int
+    scale: Exact
+
+
+class NncfStudent(nn.Module):
+    """A quantized model that NNCF's quantizers train.
+
+    Takes pixels in [0, 255], (N, C, H, W), and returns logits (N, classes), as the artifacts do.
+
+    Args:
+        record: Where training begins: w8a8, w4a8 or w8.
+        arrays: Its arrays.
+        dtype: What is computed in; float64 is for proofs.
+
+    Raises:
+        UsageError: NNCF has no quantizers for the scheme.
+        MissingRuntimeError: nncf is not installed.
+        TrainingError: NNCF did not put its quantizers where they were asked for.
+    """
+
+    def __init__(
+        self, record: QuantizedModel, arrays: Arrays, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        if record.scheme not in SCHEMES:
+            raise UsageError(
+                f"engine nncf cannot train scheme {record.scheme}",
+                allowed="w8a8, w4a8 or w8",
+                do="Give --engine own, or another --scheme",
+            )
+        self.record, self.start, self.dtype = record, arrays, dtype
+        self.layers: dict[str, LearnedLayer] = {}
+        """None of this project's."""
+        self.network = float_network(record, arrays).to(dtype)
+        graph, modules = trace(self.network)
+        self.structure = structure(graph, modules)
+        self.sites = record.sites if record.scheme in ACTIVATION_BITS else {}
+        self.trained: dict[str, NncfLayer] = {}
+        self.places: dict[str, Held] = {}
+        """By the name of NNCF's hook."""
+        for name in self.structure.reads:
+            if f"{TRAINED}/{name}.weight" in arrays:
+                self._add_layer(name, cast("nn.Conv2d | nn.Linear", modules[name]))
+        for name, parameters in self.sites.items():
+            self._add_site(name, parameters)
+        self._attach()
+        self._check_called()
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Return the logits of a batch of images."""
+        # NNCF would round a range to bfloat16: eight bits of integer need more.
+        with torch.autocast(image.device.type, enabled=False):
+            logits: Tensor = self.network(image)
+        return logits
+
+    # --- the network -------------------------------------------------------------------------
+
+    def _scale(self, site: str | None) -> Exact | None:
+        """Return what a quantized site's channels are divided by, where they are rescaled."""
+        if site not in self.sites:
+            return None
+        place = self.structure.places[site]
+        key = place.stage if place.freedom is Freedom.STREAM else site
+        scale = self.start.get(f"rescale/{key}.scale")
+        return None if scale is None else scale.astype(np.float64)
+
+    def _add_layer(self, name: str, module: nn.Conv2d | nn.Linear) -> None:
+        weight, scales, bias = self._arrays_of(name)
+        site = self.sites.get(self.structure.reads[name])
+        of_bias = 1.0 if site is None else scales * site.scale
+        divisor = self._scale(self.structure.writes.get(name))
+        rows = np.ones(1) if divisor is None else divisor
+        layer = NncfLayer(
+            module,
+            weight=self._tensor(weight),
+            unit=self._tensor(scales / rows),
+            bias=self._tensor(bias * of_bias / rows),
+            input_scale=None if site is None else site.scale,
+        )
+        self.trained[name] = layer
+        self.network.set_submodule(name, layer)
+        grid = layer_grid(self.record.scheme, name, weight.shape, TRAINED)
+        held = _of_weight(scales / rows, weight.ndim, grid.bits)
+        self.places[f"pre_hooks.{layer.operation(name)}__1.0"] = held
+
+    def _arrays_of(self, layer: str) -> tuple[NDArray[np.int8], Exact, Exact]:
+        names = ("weight", "weight_scale", "bias")
+        weight, scales, bias = (self.start[f"{TRAINED}/{layer}.{name}"] for name in names)
+        return weight, scales.astype(np.float64), bias.astype(np.float64)
+
+    def _add_site(self, name: str, parameters: Quantization) -> None:
+        place, scale = self.structure.places[name], self._scale(name)
+        reader = next((layer for layer in place.readers if layer in self.trained), None)
+        if scale is not None and place.freedom is Freedom.NORM:
+            norm = cast("ChannelNorm", self.network.get_submodule(str(place.writer)))
+            shift = self.start[f"rescale/{name}.shift"].astype(np.float64)
+            affine = self._tensor(1 / scale), self._tensor(-shift / scale)
+            norm.weight, norm.bias = (nn.Parameter(v, requires_grad=False) for v in affine)
+        elif scale is not None:
+            # A layer that reads the residual stream takes it divided; all else takes it whole.
+            factor = self._tensor(scale if reader is None else 1 / scale)
+            self.network.set_submodule(name, Multiplied(factor))
+        if reader is not None:
+            hook = f"pre_hooks.{self.trained[reader].operation(reader)}__0.0"
+        else:
+            writer = str(place.writer)
+            hook = f"post_hooks.{self.trained[writer].operation(writer)}__0.0"
+        self.places[hook] = _of_site(parameters)
+
+    def _tensor(self, values: NDArray[Any]) -> Tensor:
+        return torch.tensor(values, dtype=self.dtype)
+
+    def _attach(self) -> None:
+        """Put NNCF's quantizers in and give them their scales."""
+        commands = [
+            {
+                "hook_names_in_model": [hook],
+                "module_path": "nncf.torch.quantization.layers",
+                "module_cls_name": held.module,
+                "module_config": held.settings,
+            }
+            for hook, held in self.places.items()
+        ]
+        nncf_torch().load_from_config(self.network, {"compression_state": commands})
+        self.network.to(self.dtype)
+        state = self.network.state_dict()
+        for hook, held in self.places.items():
+            for name, value in held.state.items():
+                key = f"{HOOKS}.{hook}.{name}"
+                state[key] = self._tensor(value).reshape(state[key].shape)
+        self.network.load_state_dict(state)
+
+    @torch.no_grad()
+    def _check_called(self) -> None:
+        """Check that every quantizer is at work: NNCF never calls a hook at a wrong name."""
+        calls: Counter[str] = Counter()
+        handles = []
+        for hook in self.places:
+            module = _quantizer(self.network, hook)
+            module.disable_quantization()  # nothing is compiled for this
+            count = module.register_forward_pre_hook(lambda *_, hook=hook: calls.update([hook]))
+            handles.append(count)
+        side = self.record.architecture.stride
+        channels = self.record.architecture.in_channels
+        self(torch.zeros(1, channels, side, side, dtype=self.dtype))
+        for handle in handles:
+            handle.remove()
+        for hook in self.places:
+            module = _quantizer(self.network, hook)
+            module.enable_quantization()
+            module.disable_gradients()
+        wrong = {hook: f"called {calls[hook]} times" for hook in self.places if calls[hook] != 1}
+        if wrong:
+            raise _unmappable(wrong)
+
+    # --- for the training loop ---------------------------------------------------------------
+
+    def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """Return the weights, which may decay, and the biases, which do not."""
+        layers = self.trained.values()
+        return [layer.weight for layer in layers], [layer.bias for layer in layers]
+
+    def network_of(self) -> nn.Module:
+        """Return the network."""
+        return self
+
+    def drop_paths(self, rate: float, generator: torch.Generator, part: tuple[int, int]) -> None:
+        """Let images skip blocks while training; see `pipeline.student.Student.drop_paths`."""
+        blocks = [m for m in self.network.modules() if isinstance(m, Block)]
+        for index, block in enumerate(blocks):
+            share = rate * (index + 1) / len(blocks)
+            block.res_out = DroppedPath(block.res_out, share, generator, part)
+            block.res_out.train()
+
+    # --- the way back ------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def quantized(self) -> tuple[QuantizedModel, dict[str, NDArray[Any]]]:
+        """Return the record that the network has become, and its arrays.
+
+        The integers of `full` are those that `forward` computes with.
+
+        Raises:
+            TrainingError: NNCF holds something that is not the record's.
+        """
+        check_mappable(self.network, self.places)
+        arrays = dict(self.start)
+        for name, layer in self.trained.items():
+            self._read(name, layer, arrays)
+        return self.record, arrays
+
+    def _read(self, name: str, layer: NncfLayer, arrays: dict[str, NDArray[Any]]) -> None:
+        values, bias = (_exact(tensor) for tensor in layer.values(self._quantizer_of(name)))
+        integers = np.rint(values / along_rows(_exact(layer.unit), values.ndim)).astype(np.int8)
+        site = self.sites.get(self.structure.reads[name])
+        divisor = self._scale(self.structure.writes.get(name))
+        bias = bias if divisor is None else bias * divisor
+        for profile in PROFILES:
+            weight, scales = self._allowed(name, integers, profile)
+            arrays[f"{profile}/{name}.weight"] = weight
+            arrays[f"{profile}/{name}.weight_scale"] = scales
+            arrays[f"{profile}/{name}.bias"] = (
+                bias.astype(np.float32)
+                if site is None
+                else quantize_bias(bias, site.scale, scales)
+            )
+
+    def _quantizer_of(self, layer: str) -> nn.Module:
+        operation = self.trained[layer].operation(layer)
+        return cast("nn.Module", _quantizer(self.network, f"pre_hooks.{operation}__1.0"))
+
+    def _allowed(
+        self, name: str, integers: NDArray[np.int8], profile: Profile
+    ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+        """Return trained integers as a profile allows them, and their scales.
+
+        Rows that it allows stay as they are. Others are rounded again with their own scales or with
+        those that the calibration chose for the profile, whichever loses less.
+        """
+        grid = layer_grid(self.record.scheme, name, integers.shape, profile)
+        own, other = (self.start[f"{p}/{name}.weight_scale"] for p in (TRAINED, profile))
+        exact = integers * along_rows(own.astype(np.float64), integers.ndim)
+        found, lost = [], []
+        for scales in (own, other):
+            rounded = quantize_weight(exact, scales, grid)
+            error = rounded * along_rows(scales.astype(np.float64), integers.ndim) - exact
+            found.append(rounded)
+            lost.append((error**2).reshape(len(error), -1).sum(axis=1))
+        takes = lost[1] < lost[0]
+        return np.where(along_rows(takes, integers.ndim), found[1], found[0]), np.where(
+            takes, other, own
+        )
+
+
+class NncfLayer(nn.Module):
+    """A convolution or a linear map over channels whose weights NNCF quantizes as it reads them.
+
+    What is learnt is relative to the calibration's steps, as in `calib.learned.LearnedLayer`: the
+    same learning rates suit both.
+
+    Args:
+        module: The float layer: its kind, stride, padding and groups.
+        weight: Integers as floats, (out, in / groups, ...).
+        unit: What they count in, (out,).
+        bias: In the units of what the layer writes, (out,).
+        input_scale: scale_x; None where the layer reads floats.
+    """
+
+    unit: Tensor
+    origin: Tensor
+    step: Tensor
+
+    def __init__(
+        self,
+        module: nn.Conv2d | nn.Linear,
+        *,
+        weight: Tensor,
+        unit: Tensor,
+        bias: Tensor,
+        input_scale: float | None,
+    ) -> None:
+        super().__init__()
+        self.how = (
+            {"stride": module.stride, "padding": module.padding, "groups": module.groups}
+            if isinstance(module, nn.Conv2d)
+            else None
+        )
+        self.reads_integers = input_scale is not None
+        self.register_buffer("unit", unit)
+        self.register_buffer("origin", bias)
+        self.register_buffer("step", unit * (1.0 if input_scale is None else input_scale))
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(torch.zeros_like(bias))
+
+    def operation(self, name: str) -> str:
+        """Return NNCF's name of the function that a layer of this name calls."""
+        return f"{name.replace('.', '/')}/{'linear' if self.how is None else 'conv2d'}/0"
+
+    def values(self, quantizer: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+        """Return weight and bias, the weight quantized or not, in the units of what is written."""
+        weight = self.weight * self.unit.reshape(-1, *[1] * (self.weight.ndim - 1))
+        bias = self.origin + self.bias * (BIAS_STEPS * self.step)
+        if self.reads_integers:
+            whole = (bias.detach() / self.step).round().clamp(-BIAS_LIMIT, BIAS_LIMIT)
+            bias = replaced(bias, whole * self.step)
+        return weight if quantizer is None else quantizer(weight), bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer: (N, in, ...) to (N, out, ...)."""
+        weight, bias = self.values()
+        if self.how is not None:
+            return functional.conv2d(x, weight, bias, **self.how)
+        return functional.linear(x.movedim(1, -1), weight, bias).movedim(-1, 1)
+
+
+class Multiplied(nn.Module):
+    """A factor per channel that is not learnt."""
+
+    factor: Tensor
+
+    def __init__(self, factor: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("factor", factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale (N, C, ...)."""
+        return x * along_channels(self.factor, x.ndim)
+
+
+# --- NNCF -----------------------------------------------------------------------------------------
+
+
+def nncf_torch() -> ModuleType:
+    """Import NNCF's part for torch, without its telemetry.
+
+    Raises:
+        MissingRuntimeError: It is not installed.
+    """
+    os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", str(PATIENCE_SECONDS))
+    os.environ.setdefault("NNCF_CI", "1")
+    before = os.environ.get("CI")
+    os.environ["CI"] = "true"  # or it asks for consent, and counts, as it is imported
+    try:
+        return import_module("nncf.torch")
+    except ImportError as error:
+        raise MissingRuntimeError(
+            "engine nncf trains with NNCF, and nncf is not installed",
+            allowed="an environment with the extra [nncf]",
+            do="Run: pip install 'convnext-edge[nncf]'",
+        ) from error
+    finally:
+        if before is None:
+            del os.environ["CI"]
+        else:
+            os.environ["CI"] = before
+
+
+def check_mappable(network: nn.Module, places: Mapping[str, Held]) -> None:
+    """Check that a record has a place for all that NNCF holds, and that it holds the record's.
+
+    Args:
+        network: With NNCF's modules in it.
+        places: What must be at every hook.
+
+    Raises:
+        TrainingError: With the names of the hooks that are wrong.
+    """
+    commands = nncf_torch().get_config(network)["compression_state"]
+    found = {hook: command for command in commands for hook in command["hook_names_in_model"]}
+    wrong = {}
+    for hook in sorted(found.keys() | places.keys()):
+        if hook not in places:
+            wrong[hook] = f"{found[hook]['module_cls_name']}, where no site is"
+        elif hook not in found:
+            wrong[hook] = "gone"
+        elif why := _mismatch(found[hook], _quantizer(network, hook), places[hook]):
+            wrong[hook] = why
+    if wrong:
+        raise _unmappable(wrong)
+
+
+def _mismatch(command: Mapping[str, Any], quantizer: Any, held: Held) -> str | None:
+    """Say in what NNCF's module at a hook is not the one that was put there."""
+    module, settings = command["module_cls_name"], command["module_config"]
+    if (module, settings) != (held.module, held.settings):
+        return f"{module} with other settings"
+    if not quantizer.is_enabled_quantization():
+        return "off"
+    low, high, scale, zero_point = quantizer.get_parameters_for_torch_fq()
+    if (low, high) != held.ends:
+        return f"integers from {low} to {high}, not from {held.ends[0]} to {held.ends[1]}"
+    if (zero_point != held.zero_point).any():
+        return f"zero point {int(zero_point.flatten()[0])}, not {held.zero_point}"
+    if not np.allclose(_exact(scale), held.scale, rtol=SAME, atol=NEXT_TO_NOTHING):
+        return "another scale than the calibration's"
+    return None
+
+
+def _unmappable(wrong: Mapping[str, str]) -> TrainingError:
+    listed = "; ".join(f"{hook} ({why})" for hook, why in wrong.items())
+    return TrainingError(
+        f"the record has no place for what NNCF holds at {listed}",
+        allowed="one quantizer per site and per integer layer, with the calibration's scale",
+        do="Give --engine own, or install the nncf of constraints.txt",
+    )
+
+
+def _quantizer(network: nn.Module, hook: str) -> Any:
+    return network.get_submodule(f"{HOOKS}.{hook}")
+
+
+def _exact(tensor: Tensor) -> Exact:
+    values: Exact = tensor.detach().double().cpu().numpy()
+    return values
+
+
+def _of_weight(scales: Exact, ndim: int, bits: int) -> Held:
+    """Describe the quantizer of a weight: symmetric, one scale per row, in [-limit, limit]."""
+    limit = WEIGHT_LIMITS[bits]
+    own = {"num_bits": bits, "mode": "symmetric", "signedness_to_force": True, "narrow_range": True}
+    return Held(
+        module="SymmetricQuantizer",
+        settings=_settings(scale_shape=(len(scales), *[1] * (ndim - 1)), **own),
+        state={"scale": scales * limit},
+        ends=(-limit - 1, limit),  # it counts the end that a narrow range leaves out
+        zero_point=0,
+        scale=scales,
+    )
+
+
+def _of_site(parameters: Quantization) -> Held:
+    """Describe the quantizer of a site: asymmetric, per tensor; NNCF counts from 0."""
+    scale = np.array([parameters.scale], np.float64)
+    own = {"num_bits": 8, "mode": "asymmetric", "signedness_to_force": None, "narrow_range": False}
+    return Held(
+        module="AsymmetricQuantizer",
+        settings=_settings(scale_shape=(1,), **own),
+        state={
+            "input_low": scale * (ACTIVATION_MIN - parameters.zero_point),
+            "input_range": scale * STEPS,
+        },
+        ends=(0, STEPS),
+        zero_point=parameters.zero_point - ACTIVATION_MIN,
+        scale=scale,
+    )
+
+
+def _settings(**own: object) -> dict[str, Any]:
+    return own | {"half_range": False, "logarithm_scale": False, "is_quantized_on_export": False}

@@ -1,0 +1,227 @@
+"""LSQ's gradients are the paper's, and what is learnt keeps to the contract."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from calib.learned import (
+    GridKind,
+    LearnedGrid,
+    LearnedLayer,
+    LearnedSite,
+    StartingLayer,
+    lsq,
+    replaced,
+    slowed,
+    tie_free,
+    within_pairs,
+)
+from pipeline import arithmetic
+from pipeline.arithmetic import LEAST_DIVISOR, weight_grid
+from pipeline.records import Quantization
+
+ENDS = (-8, 7)
+
+
+def learnable(*values: float) -> Tensor:
+    return torch.tensor(values if len(values) > 1 else values[0]).requires_grad_()
+
+
+def test_the_step_s_gradient_is_equation_3_of_the_paper() -> None:
+    # Inside: round(u) - u. Below: -Q_N. Above: Q_P.
+    x = torch.tensor([0.26, 1.3, -0.9, 40.0, -40.0])
+    step = learnable(0.5)
+    y = lsq(x, step, ENDS)
+    assert y.tolist() == [0.5, 1.5, -1.0, 3.5, -4.0]
+    weights = torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0])
+    (y * weights).sum().backward()
+    wanted = 1 * (1 - 0.52) + 10 * (3 - 2.6) + 100 * (-2 + 1.8) + 1000 * 7 + 10000 * -8
+    assert step.grad == pytest.approx(wanted, rel=1e-5)
+
+
+def test_values_pass_gradients_on_inside_only() -> None:
+    x = learnable(0.26, 3.49, 3.9, -4.2, -4.3)
+    lsq(x, torch.tensor(0.5), ENDS).sum().backward()
+    # 3.9 / 0.5 = 7.8 rounds to 8, which is clipped; -4.2 / 0.5 = -8.4 rounds to -8, which is not.
+    assert x.grad is not None
+    assert x.grad.tolist() == [1.0, 1.0, 0.0, 1.0, 0.0]
+
+
+def test_the_offset_s_gradient_is_lsq_plus_s() -> None:
+    # x^ = s clip(round((x - b) / s)) + b: 0 inside, 1 where it is clipped.
+    x = torch.tensor([0.26, 40.0, -40.0])
+    shift = learnable(0.3, 0.3, 0.3)
+    y = lsq(x, torch.tensor(0.5), ENDS, shift=shift)
+    y.sum().backward()
+    assert y.tolist() == pytest.approx([0.3, 3.8, -3.7])
+    assert shift.grad is not None
+    assert shift.grad.tolist() == [0.0, 1.0, 1.0]
+
+
+def test_a_zero_point_moves_what_is_clipped() -> None:
+    x = torch.tensor([0.26, 40.0, -40.0])
+    zero = learnable(-3.0)
+    y = lsq(x, torch.tensor(0.5), ENDS, zero=zero)
+    assert y.tolist() == [0.5, 0.5 * 10, 0.5 * -5]
+    (y * torch.tensor([1.0, 10.0, 100.0])).sum().backward()
+    assert zero.grad == pytest.approx(-0.5 * 110)
+
+
+def test_counting_in_steps_has_the_gradients_of_an_affine() -> None:
+    """Of y = clip(round((x - z) / t)): rounding passes on, so dy = (dx - dz - u dt) / t."""
+    x, shift = learnable(0.9, 40.0), learnable(0.1, 0.1)
+    step = learnable(0.5, 0.5)
+    y = lsq(x, step, ENDS, shift=shift, counts=True)
+    assert y.tolist() == [2.0, 7.0]
+    y.sum().backward()
+    assert x.grad is not None
+    assert shift.grad is not None
+    assert step.grad is not None
+    assert x.grad.tolist() == [2.0, 0.0]
+    assert shift.grad.tolist() == [-2.0, 0.0]
+    assert step.grad.tolist() == pytest.approx([-1.6 / 0.5, 0.0])
+
+
+@pytest.mark.parametrize("counts", [False, True])
+@pytest.mark.parametrize("shape", [(), (1, 3, 1, 1)])
+def test_gradients_of_any_shape_sum_those_of_single_values(
+    shape: tuple[int, ...], *, counts: bool
+) -> None:
+    """Channels-last or not, with a step for all or one per channel."""
+    generator = torch.Generator().manual_seed(0)
+    x = 8 * torch.randn(2, 3, 4, 5, generator=generator)
+    grad = torch.randn(2, 3, 4, 5, generator=generator)
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        step = torch.full(shape, 0.7).requires_grad_()
+        y = lsq(x.contiguous(memory_format=layout), step, ENDS, counts=counts)
+        y.backward(grad.contiguous(memory_format=layout))
+        assert step.grad is not None
+        found.append(step.grad)
+    single = torch.full(x.shape, 0.7).requires_grad_()
+    lsq(x, single, ENDS, counts=counts).backward(grad)
+    assert single.grad is not None
+    axes = (0, 1, 2, 3) if not shape else (0, 2, 3)
+    wanted = single.grad.sum(dim=axes).reshape(shape)
+    for one in found:
+        torch.testing.assert_close(one, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_steps_learn_slower_the_more_they_serve() -> None:
+    step = learnable(2.0)
+    slowed(step, count=25, positive=4).backward()
+    assert step.grad == pytest.approx(1 / 10)
+
+
+def test_a_replaced_value_is_exact_and_passes_its_gradient_on() -> None:
+    x = learnable(0.1)
+    y = replaced(x, torch.tensor(1e8))
+    y.backward()
+    assert (float(y.detach()), float(x.grad if x.grad is not None else 0)) == (1e8, 1.0)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(10, 200))
+def test_pairs_round_as_the_contract_says(seed: int, width: float) -> None:
+    x = np.random.default_rng(seed).normal(0, width, (3, 8, 2, 2))
+    grid = weight_grid(x.shape, "avx2", depthwise=False)
+    assert grid.pairs
+    wanted = arithmetic.round_weights(x, grid)
+    assert (within_pairs(torch.from_numpy(x)).numpy() == wanted).all()
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_no_requantization_can_tie(seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    scales = torch.from_numpy(generator.uniform(1e-4, 1e-2, 50))
+    read = torch.tensor(generator.uniform(0.01, 1), dtype=torch.float64)
+    written = torch.from_numpy(generator.uniform(1e-3, 1, 50))
+    moved = tie_free(scales, read, written)
+    n = (written / (read * moved)).numpy()
+    large = (written / (read * scales)).numpy() > LEAST_DIVISOR
+    assert (abs(n[large] - np.rint(n[large])) < 1e-6).all()
+    assert (np.rint(n[large]) % 2 == 1).all()
+    assert (moved.numpy()[~large] == scales.numpy()[~large]).all()
+    # To the nearest: never further than one step of n.
+    assert (abs(n[large] - (written / (read * scales)).numpy()[large]) <= 1 + 1e-6).all()
+
+
+def test_what_the_calibration_made_tie_free_stays_as_it_is() -> None:
+    scales = np.random.default_rng(0).uniform(1e-4, 1e-2, 200)
+    written = np.full(200, 0.3)
+    exact = arithmetic.tie_free(scales, 0.11, written).astype(np.float32)
+    moved = tie_free(torch.from_numpy(exact), torch.tensor(0.11), torch.from_numpy(written))
+    assert moved.numpy() == pytest.approx(exact, rel=2e-7)
+
+
+def site(bits: int = 8, *, per_channel: bool, short: bool = True) -> LearnedSite:
+    grid = LearnedGrid(
+        Quantization(scale=0.1, zero_point=-5),
+        torch.tensor([1.0, 2.0, 3.0]) if per_channel else None,
+        torch.tensor([0.5, 0.0, -0.5]) if per_channel else None,
+        GridKind(bits=8, short=short, has_zero=not per_channel),
+    )
+    return LearnedSite(grid, None, read=True)
+
+
+def test_learned_steps_keep_twelve_bits() -> None:
+    made = site(per_channel=True)
+    with torch.no_grad():
+        made.grid.factor.mul_(1.2345678)
+    for value in made.grid.step().tolist():
+        mantissa = np.frexp(value)[0]
+        assert mantissa * 2**12 == round(mantissa * 2**12)
+    assert site(per_channel=False, short=False).grid.step() == np.float32(0.1)
+
+
+def test_a_learned_zero_point_is_whole_and_in_range() -> None:
+    grid = site(per_channel=False).grid
+    for latent, wanted in ((3.4, 3), (-200.0, -128), (180.0, 127)):
+        with torch.no_grad():
+            grid.zero.fill_(latent)
+        assert float(grid.zero_point()) == wanted
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv", "depthwise"])
+def test_a_layer_computes_with_its_integers(kind: str) -> None:
+    module: nn.Linear | nn.Conv2d = nn.Linear(3, 4)
+    if kind != "linear":
+        groups = 3 if kind == "depthwise" else 1
+        module = nn.Conv2d(3, 3 if groups == 3 else 4, 3, padding=1, stride=1, groups=groups)
+    generator = torch.Generator().manual_seed(0)
+    shape = module.weight.shape
+    weight = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+    scales = torch.rand(shape[0], generator=generator) / 100
+    reads = site(per_channel=False)
+    grid = weight_grid(tuple(shape), "full", depthwise=kind == "depthwise")
+    bias = 1000 * torch.arange(1, shape[0] + 1) * scales * reads.grid.step().detach()
+    start = StartingLayer(weight=weight, scales=scales, bias=bias, grid=grid)
+    layer = LearnedLayer(module, start, reads, None)
+    values, offsets = layer.values()
+    torch.testing.assert_close(
+        values, weight.float() * scales.reshape(-1, *[1] * (weight.ndim - 1))
+    )
+    torch.testing.assert_close(offsets, bias)
+    with torch.no_grad():
+        layer.weight.add_(3.3 * torch.randn(shape, generator=generator))
+        layer.factor.mul_(1.01)
+        layer.bias.add_(0.0123)
+        values, offsets = layer.values()
+        whole = layer.integers(layer.scales())
+        step = layer.scales().reshape(-1, *[1] * (weight.ndim - 1))
+        steps = offsets / (layer.scales() * reads.grid.step())
+    torch.testing.assert_close(values, whole * step)
+    assert (whole == whole.round()).all()
+    assert whole.abs().max() <= 127
+    torch.testing.assert_close(steps, steps.round(), rtol=1e-6, atol=1e-3)
+    with torch.no_grad():
+        module.weight.copy_(values)
+        assert module.bias is not None
+        module.bias.copy_(offsets)
+        x = torch.randn(2, 3, 5, 5, generator=generator)
+        wanted = module(x) if kind != "linear" else module(x.movedim(1, -1)).movedim(-1, 1)
+        torch.testing.assert_close(layer(x), wanted)
