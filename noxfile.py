@@ -89,6 +89,16 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def finetune(session: nox.Session) -> None:
+    """Train the demo's integers on to 4-bit weights, or do what follows `--`."""
+    if session.posargs:
+        _cli(session, "finetune", *session.posargs)
+        return
+    words = ("--scheme", "w4a8", "--epochs", "10", "--crop", "0.9", "--flip", "0")
+    _cli(session, "finetune", *_run_folder(session), *words, "--out", str(RUNS / "finetune"))
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests that need nothing but this repository."""
     _install(session)

@@ -61,25 +61,24 @@ class _Quantize(torch.autograd.Function):
         y = whole.clamp(ends[0] - offset, ends[1] - offset)
         # A rounder that gives way to headroom counts as inside: what it does passes gradients on.
         outside = (y - u).abs_() > 1 if rounder is not torch.round else y != whole
-        ctx.save_for_backward(u, y, outside, step)
+        # What the step's gradient is made of: u where it counts, else y, less u where it is inside.
+        kept = u if counts else torch.where(outside, y, y - u)
+        ctx.save_for_backward(kept, outside, step)
         ctx.counts, ctx.shift = counts, None if shift is None else shift.shape
         if counts:
-            return y.clone()
+            return y
         found = y * step
         return found if shift is None else found.add_(shift)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        u, y, outside, step = ctx.saved_tensors
+        kept, outside, step = ctx.saved_tensors
         passed = torch.where(outside, 0.0, grad)
         of_x = passed / step if ctx.counts else passed
         of_step = of_shift = of_zero = None
         if ctx.needs_input_grad[1]:
-            if ctx.counts:
-                of_step = -_dot(of_x, u, step.shape)
-            else:
-                of_step = _dot(grad, y, step.shape) - _dot(passed, u, step.shape)
+            of_step = -_dot(of_x, kept, step.shape) if ctx.counts else _dot(grad, kept, step.shape)
         if ctx.shift is not None and ctx.needs_input_grad[2]:
             # As LSQ+'s offset: what is clipped follows it, what is inside does not feel it.
             of_shift = _summed(-of_x if ctx.counts else grad - passed, ctx.shift)

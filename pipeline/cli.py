@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -35,7 +36,7 @@ out_console = Console()
 err_console = Console(stderr=True)
 
 GATE_EXIT = {"pass": 0, "fail": 3, "inconclusive": 4, "not_run": 4}
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 PLACE_LENGTH = 200
 DEFAULT_OUT = Path("runs/default")
 
@@ -48,6 +49,8 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    # As Ctrl-C: workers are ended, and nothing half-written stays.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         _check_words()
         _run_or_serve()
@@ -334,7 +337,7 @@ def finetune(
         },
     }
     settings = trained_on(run_dir, changes)
-    _conclude(_execute(settings, out, Steps(restart=not resume)), out)
+    _conclude(_execute(settings, out, Steps(restart=not resume, beside=run_dir)), out)
 
 
 @app.command()

@@ -17,7 +17,7 @@ from pipeline.exports import MODEL_FILES
 from pipeline.records import QuantizedModel, Tuning
 from pipeline.run import MODEL
 from pipeline.tune import TUNING
-from reports import assemble, tuning
+from reports import assemble, training, tuning
 from reports.culprits import culprits, median_db, sentences, worst_first
 from reports.document import REPORT, Calibration, read_report
 from reports.pages import share, word
@@ -45,7 +45,7 @@ def explain(out: Path) -> dict[str, Any]:
         `says` (sentences), `calibration` (as in report.json, its sites in network order; null
         where no activation is quantized beforehand), `worst` (names, worst first), `median_db`,
         `accuracy` (per artifact measured), `tuning` (as in report.json; null without --max-drop)
-        and `tuning_says`.
+        and `tuning_says`; `training_says`.
 
     Raises:
         ArtifactError: The folder has neither a report nor a model, or one is damaged.
@@ -77,6 +77,7 @@ def explain(out: Path) -> dict[str, Any]:
         "accuracy": accuracy,
         "tuning": None,
         "tuning_says": [],
+        "training_says": [],
     }
     tuned = report.tuning if report is not None else _tuning_of_model(out)
     if tuned is not None:
@@ -84,6 +85,8 @@ def explain(out: Path) -> dict[str, Any]:
             "tuning": TypeAdapter(Tuning).dump_python(tuned, mode="json"),
             "tuning_says": list(tuning.sentences(tuned)),
         }
+    if report is not None and report.training is not None:
+        facts["training_says"] = list(training.sentences(report.training))
     if calibration is not None:
         facts |= {
             "says": list(sentences(calibration)),
@@ -96,7 +99,7 @@ def explain(out: Path) -> dict[str, Any]:
 
 def show(facts: dict[str, Any], console: Console) -> None:
     """Print the sentences, the accuracy of the artifacts, and a row per site, worst first."""
-    for sentence in facts["says"]:
+    for sentence in (*facts["says"], *facts["training_says"]):
         _say(sentence, console)
     _show_accuracy(facts["accuracy"], console)
     _show_tuning(facts, console)

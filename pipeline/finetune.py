@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter
 
 from pipeline.exports import MODEL_FILES
+from pipeline.recorder import METRICS
 from pipeline.records import CurvePoint, Training
 from pipeline.store import Stage, sha256_file
-from pipeline.training_loop import CHECKPOINT, METRICS
+from pipeline.training_loop import CHECKPOINT
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,20 +15,11 @@ LayerNorm, rows divided by a scale and a multiplication behind the site. All sit
 
 `nncf.strip` is not called: it imports torchao, which neither nncf nor this project declares, knows
 8 bits alone and leaves fake quantizers, not integers. What it would read is read here, by the same
-method of NNCF's quantizers, and held against the record. All else is NNCF's documented
-`load_from_config` and `get_config`, and torch's state dict.
-
-At the first forward NNCF compiles its quantizers in C++ (on a GPU with nvcc, which must be there),
-and keeps them in torch's cache of extensions. Where a CPU has no compiler it says so and computes
-with torch. That cannot be asked for otherwise.
+method of NNCF's quantizers, and held against the record.
 """
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from dataclasses import dataclass
-from importlib import import_module
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -38,17 +29,19 @@ from torch.nn import functional
 
 from calib.grid import along_channels
 from calib.learned import BIAS_STEPS, replaced
-from pipeline.arithmetic import (
-    ACTIVATION_MAX,
-    ACTIVATION_MIN,
-    BIAS_LIMIT,
-    WEIGHT_LIMITS,
-    along_rows,
-    quantize_bias,
-    quantize_weight,
-)
+from pipeline.arithmetic import BIAS_LIMIT, along_rows, quantize_bias, quantize_weight
 from pipeline.convnext import Block
-from pipeline.errors import MissingRuntimeError, TrainingError, UsageError
+from pipeline.errors import UsageError
+from pipeline.nncf_quantizers import (
+    attach,
+    check_called,
+    check_mappable,
+    compiling,
+    exact,
+    of_site,
+    of_weight,
+    quantizer_at,
+)
 from pipeline.quantize import layer_grid
 from pipeline.records import ACTIVATION_BITS, PROFILES, Profile, QuantizedModel
 from pipeline.student import DroppedPath, float_network
@@ -56,12 +49,12 @@ from pipeline.trace import Freedom, structure, trace
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from types import ModuleType
 
     from numpy.typing import NDArray
 
     from calib.learned import LearnedLayer
     from pipeline.convnext import ChannelNorm
+    from pipeline.nncf_quantizers import Held
     from pipeline.records import Quantization
 
     Arrays = Mapping[str, NDArray[Any]]
@@ -69,36 +62,6 @@ if TYPE_CHECKING:
 
 SCHEMES = ("w8a8", "w4a8", "w8")
 TRAINED: Profile = "full"
-HOOKS = "__nncf_hooks"
-"""What NNCF's modules are under, in a state dict too."""
-STEPS = ACTIVATION_MAX - ACTIVATION_MIN
-SAME = 1e-5
-"""How far a scale read back may be from what it was, relatively: NNCF keeps ranges in float32."""
-NEXT_TO_NOTHING = 1e-15
-"""NNCF adds 1e-16 to every range."""
-PATIENCE_SECONDS = 600
-"""For NNCF's compilation. Its own is 60; without any, a lock that was left behind hangs for ever."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
-    """What a quantizer of NNCF's must be.
-
-    Attributes:
-        module: Its class.
-        settings: What that is made with.
-        state: Its tensors by their names in a state dict.
-        ends: Its least and greatest integer, as it gives them to torch's fake quantization.
-        zero_point: As it counts them.
-        scale: One, or one per row.
-    """
-
-    module: str
-    settings: dict[str, Any]
-    state: dict[str, Exact]
-    ends: tuple[int, int]
-    zero_point: int
-    scale: Exact
 
 
 class NncfStudent(nn.Module):
@@ -142,13 +105,16 @@ class NncfStudent(nn.Module):
                 self._add_layer(name, cast("nn.Conv2d | nn.Linear", modules[name]))
         for name, parameters in self.sites.items():
             self._add_site(name, parameters)
-        self._attach()
-        self._check_called()
+        attach(self.network, self.places)
+        net = record.architecture
+        side = net.stride
+        image = torch.zeros(1, net.in_channels, side, side, dtype=dtype)
+        check_called(self.network, self.places, image)
 
     def forward(self, image: Tensor) -> Tensor:
         """Return the logits of a batch of images."""
         # NNCF would round a range to bfloat16: eight bits of integer need more.
-        with torch.autocast(image.device.type, enabled=False):
+        with torch.autocast(image.device.type, enabled=False), compiling():
             logits: Tensor = self.network(image)
         return logits
 
@@ -179,7 +145,7 @@ class NncfStudent(nn.Module):
         self.trained[name] = layer
         self.network.set_submodule(name, layer)
         grid = layer_grid(self.record.scheme, name, weight.shape, TRAINED)
-        held = _of_weight(scales / rows, weight.ndim, grid.bits)
+        held = of_weight(scales / rows, weight.ndim, grid.bits)
         self.places[f"pre_hooks.{layer.operation(name)}__1.0"] = held
 
     def _arrays_of(self, layer: str) -> tuple[NDArray[np.int8], Exact, Exact]:
@@ -204,53 +170,10 @@ class NncfStudent(nn.Module):
         else:
             writer = str(place.writer)
             hook = f"post_hooks.{self.trained[writer].operation(writer)}__0.0"
-        self.places[hook] = _of_site(parameters)
+        self.places[hook] = of_site(parameters)
 
     def _tensor(self, values: NDArray[Any]) -> Tensor:
         return torch.tensor(values, dtype=self.dtype)
-
-    def _attach(self) -> None:
-        """Put NNCF's quantizers in and give them their scales."""
-        commands = [
-            {
-                "hook_names_in_model": [hook],
-                "module_path": "nncf.torch.quantization.layers",
-                "module_cls_name": held.module,
-                "module_config": held.settings,
-            }
-            for hook, held in self.places.items()
-        ]
-        nncf_torch().load_from_config(self.network, {"compression_state": commands})
-        self.network.to(self.dtype)
-        state = self.network.state_dict()
-        for hook, held in self.places.items():
-            for name, value in held.state.items():
-                key = f"{HOOKS}.{hook}.{name}"
-                state[key] = self._tensor(value).reshape(state[key].shape)
-        self.network.load_state_dict(state)
-
-    @torch.no_grad()
-    def _check_called(self) -> None:
-        """Check that every quantizer is at work: NNCF never calls a hook at a wrong name."""
-        calls: Counter[str] = Counter()
-        handles = []
-        for hook in self.places:
-            module = _quantizer(self.network, hook)
-            module.disable_quantization()  # nothing is compiled for this
-            count = module.register_forward_pre_hook(lambda *_, hook=hook: calls.update([hook]))
-            handles.append(count)
-        side = self.record.architecture.stride
-        channels = self.record.architecture.in_channels
-        self(torch.zeros(1, channels, side, side, dtype=self.dtype))
-        for handle in handles:
-            handle.remove()
-        for hook in self.places:
-            module = _quantizer(self.network, hook)
-            module.enable_quantization()
-            module.disable_gradients()
-        wrong = {hook: f"called {calls[hook]} times" for hook in self.places if calls[hook] != 1}
-        if wrong:
-            raise _unmappable(wrong)
 
     # --- for the training loop ---------------------------------------------------------------
 
@@ -265,11 +188,12 @@ class NncfStudent(nn.Module):
 
     def drop_paths(self, rate: float, generator: torch.Generator, part: tuple[int, int]) -> None:
         """Let images skip blocks while training; see `pipeline.student.Student.drop_paths`."""
-        blocks = [m for m in self.network.modules() if isinstance(m, Block)]
+        blocks = [name for name, m in self.network.named_modules() if isinstance(m, Block)]
         for index, block in enumerate(blocks):
+            branch = f"{block}.res_out"
+            inner = self.network.get_submodule(branch)
             share = rate * (index + 1) / len(blocks)
-            block.res_out = DroppedPath(block.res_out, share, generator, part)
-            block.res_out.train()
+            self.network.set_submodule(branch, DroppedPath(inner, share, generator, part).train())
 
     # --- the way back ------------------------------------------------------------------------
 
@@ -289,8 +213,8 @@ class NncfStudent(nn.Module):
         return self.record, arrays
 
     def _read(self, name: str, layer: NncfLayer, arrays: dict[str, NDArray[Any]]) -> None:
-        values, bias = (_exact(tensor) for tensor in layer.values(self._quantizer_of(name)))
-        integers = np.rint(values / along_rows(_exact(layer.unit), values.ndim)).astype(np.int8)
+        values, bias = (exact(tensor) for tensor in layer.values(self._quantizer_of(name)))
+        integers = np.rint(values / along_rows(exact(layer.unit), values.ndim)).astype(np.int8)
         site = self.sites.get(self.structure.reads[name])
         divisor = self._scale(self.structure.writes.get(name))
         bias = bias if divisor is None else bias * divisor
@@ -299,14 +223,12 @@ class NncfStudent(nn.Module):
             arrays[f"{profile}/{name}.weight"] = weight
             arrays[f"{profile}/{name}.weight_scale"] = scales
             arrays[f"{profile}/{name}.bias"] = (
-                bias.astype(np.float32)
-                if site is None
-                else quantize_bias(bias, site.scale, scales)
+                bias.astype(np.float32) if site is None else quantize_bias(bias, site.scale, scales)
             )
 
     def _quantizer_of(self, layer: str) -> nn.Module:
         operation = self.trained[layer].operation(layer)
-        return cast("nn.Module", _quantizer(self.network, f"pre_hooks.{operation}__1.0"))
+        return cast("nn.Module", quantizer_at(self.network, f"pre_hooks.{operation}__1.0"))
 
     def _allowed(
         self, name: str, integers: NDArray[np.int8], profile: Profile
@@ -359,11 +281,11 @@ class NncfLayer(nn.Module):
         input_scale: float | None,
     ) -> None:
         super().__init__()
-        self.how = (
-            {"stride": module.stride, "padding": module.padding, "groups": module.groups}
-            if isinstance(module, nn.Conv2d)
-            else None
-        )
+        self.how: dict[str, Any] | None = None
+        """Of a convolution."""
+        if isinstance(module, nn.Conv2d):
+            names = ("stride", "padding", "groups")
+            self.how = {name: getattr(module, name) for name in names}
         self.reads_integers = input_scale is not None
         self.register_buffer("unit", unit)
         self.register_buffer("origin", bias)
@@ -404,125 +326,3 @@ class Multiplied(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Scale (N, C, ...)."""
         return x * along_channels(self.factor, x.ndim)
-
-
-# --- NNCF -----------------------------------------------------------------------------------------
-
-
-def nncf_torch() -> ModuleType:
-    """Import NNCF's part for torch, without its telemetry.
-
-    Raises:
-        MissingRuntimeError: It is not installed.
-    """
-    os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", str(PATIENCE_SECONDS))
-    os.environ.setdefault("NNCF_CI", "1")
-    before = os.environ.get("CI")
-    os.environ["CI"] = "true"  # or it asks for consent, and counts, as it is imported
-    try:
-        return import_module("nncf.torch")
-    except ImportError as error:
-        raise MissingRuntimeError(
-            "engine nncf trains with NNCF, and nncf is not installed",
-            allowed="an environment with the extra [nncf]",
-            do="Run: pip install 'convnext-edge[nncf]'",
-        ) from error
-    finally:
-        if before is None:
-            del os.environ["CI"]
-        else:
-            os.environ["CI"] = before
-
-
-def check_mappable(network: nn.Module, places: Mapping[str, Held]) -> None:
-    """Check that a record has a place for all that NNCF holds, and that it holds the record's.
-
-    Args:
-        network: With NNCF's modules in it.
-        places: What must be at every hook.
-
-    Raises:
-        TrainingError: With the names of the hooks that are wrong.
-    """
-    commands = nncf_torch().get_config(network)["compression_state"]
-    found = {hook: command for command in commands for hook in command["hook_names_in_model"]}
-    wrong = {}
-    for hook in sorted(found.keys() | places.keys()):
-        if hook not in places:
-            wrong[hook] = f"{found[hook]['module_cls_name']}, where no site is"
-        elif hook not in found:
-            wrong[hook] = "gone"
-        elif why := _mismatch(found[hook], _quantizer(network, hook), places[hook]):
-            wrong[hook] = why
-    if wrong:
-        raise _unmappable(wrong)
-
-
-def _mismatch(command: Mapping[str, Any], quantizer: Any, held: Held) -> str | None:
-    """Say in what NNCF's module at a hook is not the one that was put there."""
-    module, settings = command["module_cls_name"], command["module_config"]
-    if (module, settings) != (held.module, held.settings):
-        return f"{module} with other settings"
-    if not quantizer.is_enabled_quantization():
-        return "off"
-    low, high, scale, zero_point = quantizer.get_parameters_for_torch_fq()
-    if (low, high) != held.ends:
-        return f"integers from {low} to {high}, not from {held.ends[0]} to {held.ends[1]}"
-    if (zero_point != held.zero_point).any():
-        return f"zero point {int(zero_point.flatten()[0])}, not {held.zero_point}"
-    if not np.allclose(_exact(scale), held.scale, rtol=SAME, atol=NEXT_TO_NOTHING):
-        return "another scale than the calibration's"
-    return None
-
-
-def _unmappable(wrong: Mapping[str, str]) -> TrainingError:
-    listed = "; ".join(f"{hook} ({why})" for hook, why in wrong.items())
-    return TrainingError(
-        f"the record has no place for what NNCF holds at {listed}",
-        allowed="one quantizer per site and per integer layer, with the calibration's scale",
-        do="Give --engine own, or install the nncf of constraints.txt",
-    )
-
-
-def _quantizer(network: nn.Module, hook: str) -> Any:
-    return network.get_submodule(f"{HOOKS}.{hook}")
-
-
-def _exact(tensor: Tensor) -> Exact:
-    values: Exact = tensor.detach().double().cpu().numpy()
-    return values
-
-
-def _of_weight(scales: Exact, ndim: int, bits: int) -> Held:
-    """Describe the quantizer of a weight: symmetric, one scale per row, in [-limit, limit]."""
-    limit = WEIGHT_LIMITS[bits]
-    own = {"num_bits": bits, "mode": "symmetric", "signedness_to_force": True, "narrow_range": True}
-    return Held(
-        module="SymmetricQuantizer",
-        settings=_settings(scale_shape=(len(scales), *[1] * (ndim - 1)), **own),
-        state={"scale": scales * limit},
-        ends=(-limit - 1, limit),  # it counts the end that a narrow range leaves out
-        zero_point=0,
-        scale=scales,
-    )
-
-
-def _of_site(parameters: Quantization) -> Held:
-    """Describe the quantizer of a site: asymmetric, per tensor; NNCF counts from 0."""
-    scale = np.array([parameters.scale], np.float64)
-    own = {"num_bits": 8, "mode": "asymmetric", "signedness_to_force": None, "narrow_range": False}
-    return Held(
-        module="AsymmetricQuantizer",
-        settings=_settings(scale_shape=(1,), **own),
-        state={
-            "input_low": scale * (ACTIVATION_MIN - parameters.zero_point),
-            "input_range": scale * STEPS,
-        },
-        ends=(0, STEPS),
-        zero_point=parameters.zero_point - ACTIVATION_MIN,
-        scale=scale,
-    )
-
-
-def _settings(**own: object) -> dict[str, Any]:
-    return own | {"half_range": False, "logarithm_scale": False, "is_quantized_on_export": False}

@@ -28,6 +28,7 @@ from pipeline.locate import locate
 from pipeline.measure import Timing, Verification, time_saved
 from pipeline.placements import check_layers
 from pipeline.recipe import Recipe, load_recipe
+from pipeline.recorder import METRICS
 from pipeline.records import (
     Artifact,
     Checkpoint,
@@ -39,7 +40,6 @@ from pipeline.records import (
 from pipeline.sidecar import DEFAULT_INPUT_SIZE, GEOMETRY, read_sidecar
 from pipeline.stages import Done, Stages
 from pipeline.store import Stage, publish, sha256_file, write_atomic
-from pipeline.training_loop import METRICS
 from pipeline.tune import TUNING, Basis, Tuner, check_decidable
 from pipeline.worker import end_all
 from reports import assemble, document
@@ -69,13 +69,15 @@ writes."""
 class Steps:
     """How far a run goes; a step that is not asked still takes over what was finished before.
 
-    `restart` throws an unfinished training away instead of going on from it.
+    `restart` throws an unfinished training away instead of going on from it; `beside` is a run
+    folder that this one follows, whose finished stages count as well.
     """
 
     export: bool = True
     verify: bool = True
     bench: bool = True
     restart: bool = False
+    beside: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +114,7 @@ def execute(recipe: Recipe, out: Path, steps: Steps, display: Display) -> Finish
         EdgeError: One line for the user; finished stages are kept.
     """
     try:
-        return _Run(recipe, out, display).execute(steps)
+        return _Run(recipe, out, display, steps.beside).execute(steps)
     except BaseException:
         # Ctrl-C included: a thread that waits for a worker must not keep the process alive.
         end_all()
@@ -204,7 +206,7 @@ def preprocessing_of(recipe: Recipe, sidecar: Sidecar) -> Preprocessing:
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, out: Path, display: Display) -> None:
+    def __init__(self, recipe: Recipe, out: Path, display: Display, beside: Path | None) -> None:
         _check_place(out)
         self.recipe = recipe
         self.out = out
@@ -214,7 +216,8 @@ class _Run:
         self.located = locate(recipe.checkpoint or EMBEDDED)
         self.sidecar = read_sidecar(self.located)
         self.preprocessing = preprocessing_of(recipe, self.sidecar)
-        self.stages = Stages(out, display, cores=max(1, available_cores() // ranks_here()))
+        cores = max(1, available_cores() // ranks_here())
+        self.stages = Stages(out, display, cores=cores, beside=beside)
 
     def execute(self, steps: Steps) -> Finished:
         self.display.preprocessing(self.preprocessing, self.sidecar.source)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pipeline.display import Display
     from pipeline.worker import Progress
 
-RESULT = "result.json"
+RESULT, STAGES = "result.json", "stages"
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -47,13 +47,16 @@ class Stages:
         out: The run folder.
         display: Where progress is shown.
         cores: How many stages may run side by side.
+        beside: Another run folder, whose finished stages count as well; None for none.
     """
 
-    def __init__(self, out: Path, display: Display, *, cores: int) -> None:
+    def __init__(
+        self, out: Path, display: Display, *, cores: int, beside: Path | None = None
+    ) -> None:
         self.out = out
         self.display = display
         self.cores = cores
-        self.store = Store(out / "stages")
+        self.store = Store(out / STAGES, beside and beside / STAGES)
 
     def worker(self, name: str, patience: float = 0.0) -> Worker:
         """Return a worker that logs under this name; it starts at its first call."""

@@ -246,10 +246,16 @@ class Stage:
 
 
 class Store:
-    """The finished stages of one run folder."""
+    """The finished stages of one run folder.
 
-    def __init__(self, root: Path) -> None:
+    Args:
+        root: Their folder.
+        beside: That of another run, from which what is finished there is copied; None for none.
+    """
+
+    def __init__(self, root: Path, beside: Path | None = None) -> None:
         self.root = root
+        self.beside = beside
         self.reused: list[str] = []
         self.made: list[str] = []
         self._whole: set[Path] = set()
@@ -260,9 +266,17 @@ class Store:
         One whose files are not those that were written is not finished.
         """
         folder = self._folder(stage)
-        if folder not in self._whole and _is_whole(folder):
+        if folder not in self._whole and (_is_whole(folder) or self._borrowed(folder)):
             self._whole.add(folder)
         return folder if folder in self._whole else None
+
+    def _borrowed(self, folder: Path) -> bool:
+        """Copy a stage that another run has finished; tell whether there is one."""
+        if self.beside is None or not _is_whole(self.beside / folder.name):
+            return False
+        with writing(folder) as partial:
+            shutil.copytree(self.beside / folder.name, partial)
+        return True
 
     def get(self, stage: Stage, make: Callable[[Path], None]) -> Path:
         """Return the stage's folder, made now only where it is not there yet.

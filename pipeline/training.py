@@ -27,6 +27,7 @@ from calib.images import select
 from pipeline import quantize
 from pipeline.distributed import group
 from pipeline.errors import DataError, UsageError
+from pipeline.recorder import METRICS
 from pipeline.records import (
     Checkpoint,
     Finetuning,
@@ -35,7 +36,7 @@ from pipeline.records import (
     Selection,
 )
 from pipeline.student import Student, float_network
-from pipeline.training_loop import METRICS, Feed, Loop, Trainee
+from pipeline.training_loop import Feed, Loop, Trainee
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

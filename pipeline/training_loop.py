@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from calib.oscillation import Oscillation, dampening, frozen_from
 from pipeline.errors import TrainingError
+from pipeline.recorder import Recorder
 from pipeline.store import writing
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     Batches = Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]
 
-CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
+CHECKPOINT = "checkpoint.pt"
 POINTS = 200
 """Lines of metrics that a training writes, about."""
 DAMPENING = 1e-2
@@ -140,6 +141,15 @@ class Loop:
                 kept.
         """
         self._restore()
+        recorder = Recorder(self.keep, self.lines) if self.ranks.leads else None
+        try:
+            self._updates(recorder, progress)
+        finally:
+            if recorder is not None:
+                recorder.close()
+        self._take_mean()
+
+    def _updates(self, recorder: Recorder | None, progress: Progress) -> None:
         began = saved = time.monotonic()
         progress(self.step, self.total)
         while self.step < self.total:
@@ -147,24 +157,24 @@ class Loop:
             for pixels, labels in self.feed.batches(epoch, start):
                 line = self.update(torch.from_numpy(pixels), torch.from_numpy(labels))
                 rate = (self.step - self.resumed_at) * self.how.batch / (time.monotonic() - began)
-                self._note(line | {"images_per_second": round(rate, 1)}, progress)
-                if line["stopping"]:
+                stopping = line.pop("stopping")
+                self._note(line | {"images_per_second": round(rate, 1)}, recorder, progress)
+                if stopping:
                     raise self._stopped()
                 if time.monotonic() - saved >= 60 * self.how.save_minutes:
                     self.save()
                     saved = time.monotonic()
-        self._take_mean()
 
     def stop(self) -> None:
         """Ask `train` to save and to end after the update that it is at."""
         self.stopping = True
 
-    def _note(self, line: dict[str, Any], progress: Progress) -> None:
+    def _note(self, line: dict[str, Any], recorder: Recorder | None, progress: Progress) -> None:
         every = max(1, self.total // POINTS)
         if self.step % every == 0 or self.step == self.total:
-            self.lines.append(
-                {"step": self.step} | {k: v for k, v in line.items() if k != "stopping"}
-            )
+            self.lines.append({"step": self.step, **line})
+            if recorder is not None:
+                recorder.add(self.lines[-1])
         words = [f"loss {line['loss']:.4f}", f"{line['sqnr_db']:.1f} dB"]
         words += [] if line["top1"] is None else [f"top-1 {line['top1']:.3f}"]
         words += [f"rate {line['rate']:.1e}"]

@@ -95,16 +95,26 @@ class Worker:
         if self._process is not None:
             assert self._process.stdin is not None
             assert self._process.stdout is not None
-            if self.patience and error is not None:
-                self._process.terminate()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    self._process.wait(self.patience)
-            self._process.kill()
-            self._process.wait()
-            _running.discard(self._process)
-            self._process.stdout.close()
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
+            try:
+                if self.patience and error is not None:
+                    self._let_save()
+            finally:
+                self._process.kill()
+                self._process.wait()
+                _running.discard(self._process)
+                self._process.stdout.close()
+                with contextlib.suppress(BrokenPipeError):
+                    self._process.stdin.close()
+
+    def _let_save(self) -> None:
+        """Ask the process to end, and give it time to."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        self._process.terminate()
+        with contextlib.suppress(BrokenPipeError, subprocess.TimeoutExpired):
+            # It ends once it has answered: nothing more will be asked.
+            self._process.stdin.close()
+            self._process.wait(self.patience)
 
     def call(self, function: str, *, progress: Progress = silent, **arguments: object) -> Reply:
         """Call `module:function` in the worker.

@@ -1,9 +1,9 @@
 """A report as pages: one for people to look at, and one per device to keep in a repository.
 
-In: a `Report`. Out: index.html and, where there is a calibration or a tuning, calibration.html and
-precision.html, each of which stands alone (no script, no network, no other file), and a Markdown
-page per device. Every number is the report's own; a missing one is a dash, with its reason where
-the report has one.
+In: a `Report`. Out: index.html and, where there is a calibration, a tuning or a training,
+calibration.html, precision.html and training.html, each of which stands alone (no script, no
+network, no other file), and a Markdown page per device. Every number is the report's own; a missing
+one is a dash, with its reason where the report has one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import jinja2
 
 from pipeline.statistics import MINIMUM_SAMPLES
 from pipeline.store import write_atomic
-from reports import tuning
+from reports import training, tuning
 from reports.charts import draw_charts, milliseconds
 from reports.culprits import MARGIN_DB, culprits, median_db, sentences, worst_first
 from reports.drawing import slot_of
@@ -28,10 +28,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from pipeline.records import Latency, Tuning
+    from pipeline.records import Latency, Training, Tuning
     from reports.document import ArtifactRow, Calibration, Report
 
 INDEX, CALIBRATION, PRECISION = "index.html", "calibration.html", "precision.html"
+TRAINING = "training.html"
 CONTENTION = 1.3
 """Wall over CPU time at one thread above which something else had the processor."""
 
@@ -84,6 +85,8 @@ def write_pages(report: Report, folder: Path) -> list[Path]:
         pages[CALIBRATION] = _calibration_page(report, report.calibration)
     if report.tuning is not None:
         pages[PRECISION] = _precision_page(report, report.tuning)
+    if report.training is not None:
+        pages[TRAINING] = _training_page(report, report.training)
     timings = list_timings(report)
     for device, name in file_names(dict.fromkeys(t.latency.device for t in timings)).items():
         ours = tuple(timing for timing in timings if timing.latency.device == device)
@@ -193,6 +196,8 @@ def _index(report: Report) -> str:
         calibration_page=CALIBRATION,
         tuning_says=tuning.sentences(report.tuning) if report.tuning else (),
         precision_page=PRECISION,
+        training_says=training.sentences(report.training) if report.training else (),
+        training_page=TRAINING,
     )
 
 
@@ -226,6 +231,18 @@ def _precision_page(report: Report, found: Tuning) -> str:
         layers=tuning.rows(found, "layer"),
         blocks=tuning.rows(found, "block"),
         quantity=tuning.quantity,
+    )
+
+
+def _training_page(report: Report, found: Training) -> str:
+    page = _environment().get_template("training.html.j2")
+    return page.render(
+        report=report,
+        training=found,
+        sentences=training.sentences(found),
+        settings=training.settings(found),
+        points=training.rows(found),
+        chart=_verbatim(training.draw_curves(found)) if found.curve else None,
     )
 
 

@@ -39,14 +39,14 @@ def test_the_step_s_gradient_is_equation_3_of_the_paper() -> None:
     y = lsq(x, step, ENDS)
     assert y.tolist() == [0.5, 1.5, -1.0, 3.5, -4.0]
     weights = torch.tensor([1.0, 10.0, 100.0, 1000.0, 10000.0])
-    (y * weights).sum().backward()
+    torch.autograd.backward((y * weights).sum())
     wanted = 1 * (1 - 0.52) + 10 * (3 - 2.6) + 100 * (-2 + 1.8) + 1000 * 7 + 10000 * -8
     assert step.grad == pytest.approx(wanted, rel=1e-5)
 
 
 def test_values_pass_gradients_on_inside_only() -> None:
     x = learnable(0.26, 3.49, 3.9, -4.2, -4.3)
-    lsq(x, torch.tensor(0.5), ENDS).sum().backward()
+    torch.autograd.backward(lsq(x, torch.tensor(0.5), ENDS).sum())
     # 3.9 / 0.5 = 7.8 rounds to 8, which is clipped; -4.2 / 0.5 = -8.4 rounds to -8, which is not.
     assert x.grad is not None
     assert x.grad.tolist() == [1.0, 1.0, 0.0, 1.0, 0.0]
@@ -57,7 +57,7 @@ def test_the_offset_s_gradient_is_lsq_plus_s() -> None:
     x = torch.tensor([0.26, 40.0, -40.0])
     shift = learnable(0.3, 0.3, 0.3)
     y = lsq(x, torch.tensor(0.5), ENDS, shift=shift)
-    y.sum().backward()
+    torch.autograd.backward(y.sum())
     assert y.tolist() == pytest.approx([0.3, 3.8, -3.7])
     assert shift.grad is not None
     assert shift.grad.tolist() == [0.0, 1.0, 1.0]
@@ -68,7 +68,7 @@ def test_a_zero_point_moves_what_is_clipped() -> None:
     zero = learnable(-3.0)
     y = lsq(x, torch.tensor(0.5), ENDS, zero=zero)
     assert y.tolist() == [0.5, 0.5 * 10, 0.5 * -5]
-    (y * torch.tensor([1.0, 10.0, 100.0])).sum().backward()
+    torch.autograd.backward((y * torch.tensor([1.0, 10.0, 100.0])).sum())
     assert zero.grad == pytest.approx(-0.5 * 110)
 
 
@@ -78,7 +78,7 @@ def test_counting_in_steps_has_the_gradients_of_an_affine() -> None:
     step = learnable(0.5, 0.5)
     y = lsq(x, step, ENDS, shift=shift, counts=True)
     assert y.tolist() == [2.0, 7.0]
-    y.sum().backward()
+    torch.autograd.backward(y.sum())
     assert x.grad is not None
     assert shift.grad is not None
     assert step.grad is not None
@@ -100,11 +100,11 @@ def test_gradients_of_any_shape_sum_those_of_single_values(
     for layout in (torch.contiguous_format, torch.channels_last):
         step = torch.full(shape, 0.7).requires_grad_()
         y = lsq(x.contiguous(memory_format=layout), step, ENDS, counts=counts)
-        y.backward(grad.contiguous(memory_format=layout))
+        torch.autograd.backward(y, grad.contiguous(memory_format=layout))
         assert step.grad is not None
         found.append(step.grad)
     single = torch.full(x.shape, 0.7).requires_grad_()
-    lsq(x, single, ENDS, counts=counts).backward(grad)
+    torch.autograd.backward(lsq(x, single, ENDS, counts=counts), grad)
     assert single.grad is not None
     axes = (0, 1, 2, 3) if not shape else (0, 2, 3)
     wanted = single.grad.sum(dim=axes).reshape(shape)
@@ -114,14 +114,14 @@ def test_gradients_of_any_shape_sum_those_of_single_values(
 
 def test_steps_learn_slower_the_more_they_serve() -> None:
     step = learnable(2.0)
-    slowed(step, count=25, positive=4).backward()
+    torch.autograd.backward(slowed(step, count=25, positive=4))
     assert step.grad == pytest.approx(1 / 10)
 
 
 def test_a_replaced_value_is_exact_and_passes_its_gradient_on() -> None:
     x = learnable(0.1)
     y = replaced(x, torch.tensor(1e8))
-    y.backward()
+    torch.autograd.backward(y)
     assert (float(y.detach()), float(x.grad if x.grad is not None else 0)) == (1e8, 1.0)
 
 
@@ -158,7 +158,7 @@ def test_what_the_calibration_made_tie_free_stays_as_it_is() -> None:
     assert moved.numpy() == pytest.approx(exact, rel=2e-7)
 
 
-def site(bits: int = 8, *, per_channel: bool, short: bool = True) -> LearnedSite:
+def site(*, per_channel: bool, short: bool = True) -> LearnedSite:
     grid = LearnedGrid(
         Quantization(scale=0.1, zero_point=-5),
         torch.tensor([1.0, 2.0, 3.0]) if per_channel else None,
@@ -183,7 +183,7 @@ def test_a_learned_zero_point_is_whole_and_in_range() -> None:
     for latent, wanted in ((3.4, 3), (-200.0, -128), (180.0, 127)):
         with torch.no_grad():
             grid.zero.fill_(latent)
-        assert float(grid.zero_point()) == wanted
+            assert float(grid.zero_point()) == wanted
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "depthwise"])

@@ -124,6 +124,26 @@ def test_a_stage_is_made_once(tmp_path: Path) -> None:
     assert Store(tmp_path).find(_stage()) == first
 
 
+def test_a_stage_that_another_run_has_finished_is_copied(tmp_path: Path) -> None:
+    stage = Stage(name="one", modules=(), inputs={}, settings={})
+    theirs = Store(tmp_path / "theirs")
+
+    def make(folder: Path) -> None:
+        (folder / "file").write_text("made")
+
+    source = theirs.get(stage, make)
+    mine = Store(tmp_path / "mine", tmp_path / "theirs")
+    folder = mine.get(stage, lambda _: pytest.fail("it is there"))
+    assert folder.parent == tmp_path / "mine"
+    assert (folder / "file").read_text() == "made"
+    assert (mine.reused, mine.made) == (["one"], [])
+    # A damaged one is none.
+    (source / "file").write_text("changed")
+    other = Store(tmp_path / "other", tmp_path / "theirs")
+    other.get(stage, make)
+    assert (other.reused, other.made) == ([], ["one"])
+
+
 @pytest.mark.parametrize("damage", ["cut", "gone", "more", "record"])
 def test_a_damaged_stage_is_made_again(tmp_path: Path, damage: str) -> None:
     def make(folder: Path) -> None:

@@ -6,7 +6,17 @@ import itertools
 
 import pytest
 
-from pipeline.records import Accuracy, Agreement, Latency, Profile, Proof, Scheme
+from pipeline.records import (
+    Accuracy,
+    Agreement,
+    CurvePoint,
+    Finetuning,
+    Latency,
+    Profile,
+    Proof,
+    Scheme,
+    Training,
+)
 from reports.document import (
     ArtifactRow,
     Calibration,
@@ -213,3 +223,56 @@ def deep_report(full_report: Report) -> Report:
         **{f"stages.2.blocks.{block}.res_out": (28.0, 12.0) for block in (24, 25, 26)},
     }  # fmt: skip
     return full_report.model_copy(update={"calibration": calibration((3, 3, 27, 3), special)})
+
+
+def _judged(sqnr_db: float, upper: float) -> Accuracy:
+    return Accuracy(
+        outcome="measured",
+        kind="host",
+        n=5000,
+        top1=0.7,
+        drop_pp=0.1,
+        drop_ci95_pp=(-0.2, upper),
+        agreement_with_float=0.99,
+        sqnr_db=sqnr_db,
+    )
+
+
+def _curve(count: int) -> tuple[CurvePoint, ...]:
+    return tuple(
+        CurvePoint(
+            step=index,
+            epoch=index / 50,
+            loss=0.001,
+            kl=0.0002,
+            sqnr_db=36 + index / 40,
+            top1=0.81,
+            rate=0.02 * (1 - index / count),
+            oscillating=0.0123,
+            frozen=0.004,
+        )
+        for index in range(1, count + 1)
+    )
+
+
+@pytest.fixture
+def training() -> Training:
+    return Training(
+        settings=Finetuning(epochs=2),
+        source="cifar <10>",
+        n=50_000,
+        sha256="0" * 64,
+        updates=1562,
+        seconds=904.0,
+        images_per_second=110.6,
+        device="CPU, 2 threads",
+        before=_judged(36.5, 0.34),
+        after=_judged(40.1, 0.21),
+        curve=_curve(100),
+    )
+
+
+@pytest.fixture
+def trained_report(full_report: Report, training: Training) -> Report:
+    """The full one, of a model whose integers were trained."""
+    return full_report.model_copy(update={"training": training})

@@ -323,7 +323,15 @@ def browser() -> Iterator[Any]:
     ids=["light-1280", "light-390", "dark-1280", "dark-390"],
 )
 @pytest.mark.parametrize(
-    "which", ["full_report", "poor_report", "crowded_report", "calibrated_report", "deep_report"]
+    "which",
+    [
+        "full_report",
+        "poor_report",
+        "crowded_report",
+        "calibrated_report",
+        "deep_report",
+        "trained_report",
+    ],
 )
 def test_looks_right_in_a_browser(
     which: str, view: tuple[Any, int], browser: Any, tmp_path: Path, request: pytest.FixtureRequest
