@@ -7,8 +7,9 @@ whenever asked, the record that it has become.
 Where they stand and their scales are what the calibration chose, and stay. NNCF knows no headroom
 of pairs, no tie-free scales, no steps of twelve bits and no int32 biases: what it learnt of scales
 would not be a record. So weights and biases learn, through NNCF's rounding, and biases are rounded
-here. The integers that are trained are those of the profile `full`; what the others need is done
-when they are read back.
+here. One set of integers is trained, that of the strictest profile, as by this project's engine;
+but nothing keeps it within its headroom. What left it is put back when it is read, for the profiles
+that ask for it: `full` alone holds what NNCF computed with.
 
 NNCF quantizes no rescaled channels either. Here rescaling is part of the network: an affine in the
 LayerNorm, rows divided by a scale and a multiplication behind the site. All sites are per tensor.
@@ -29,7 +30,7 @@ from torch.nn import functional
 
 from calib.grid import along_channels
 from calib.learned import BIAS_STEPS, replaced
-from pipeline.arithmetic import BIAS_LIMIT, along_rows, quantize_bias, quantize_weight
+from pipeline.arithmetic import BIAS_LIMIT, along_rows, quantize_bias, round_weights
 from pipeline.convnext import Block
 from pipeline.errors import UsageError
 from pipeline.nncf_quantizers import (
@@ -44,7 +45,7 @@ from pipeline.nncf_quantizers import (
 )
 from pipeline.quantize import layer_grid
 from pipeline.records import ACTIVATION_BITS, PROFILES, Profile, QuantizedModel
-from pipeline.student import DroppedPath, float_network
+from pipeline.student import STRICTEST, DroppedPath, float_network
 from pipeline.trace import Freedom, structure, trace
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ if TYPE_CHECKING:
     Exact = NDArray[np.float64]
 
 SCHEMES = ("w8a8", "w4a8", "w8")
-TRAINED: Profile = "full"
+FREE: Profile = "full"
+"""It allows all that NNCF's quantizers give."""
 
 
 class NncfStudent(nn.Module):
@@ -101,7 +103,7 @@ class NncfStudent(nn.Module):
         self.places: dict[str, Held] = {}
         """By the name of NNCF's hook."""
         for name in self.structure.reads:
-            if f"{TRAINED}/{name}.weight" in arrays:
+            if f"{STRICTEST}/{name}.weight" in arrays:
                 self._add_layer(name, cast("nn.Conv2d | nn.Linear", modules[name]))
         for name, parameters in self.sites.items():
             self._add_site(name, parameters)
@@ -144,13 +146,13 @@ class NncfStudent(nn.Module):
         )
         self.trained[name] = layer
         self.network.set_submodule(name, layer)
-        grid = layer_grid(self.record.scheme, name, weight.shape, TRAINED)
+        grid = layer_grid(self.record.scheme, name, weight.shape, FREE)
         held = of_weight(scales / rows, weight.ndim, grid.bits)
         self.places[f"pre_hooks.{layer.operation(name)}__1.0"] = held
 
     def _arrays_of(self, layer: str) -> tuple[NDArray[np.int8], Exact, Exact]:
         names = ("weight", "weight_scale", "bias")
-        weight, scales, bias = (self.start[f"{TRAINED}/{layer}.{name}"] for name in names)
+        weight, scales, bias = (self.start[f"{STRICTEST}/{layer}.{name}"] for name in names)
         return weight, scales.astype(np.float64), bias.astype(np.float64)
 
     def _add_site(self, name: str, parameters: Quantization) -> None:
@@ -213,44 +215,20 @@ class NncfStudent(nn.Module):
         return self.record, arrays
 
     def _read(self, name: str, layer: NncfLayer, arrays: dict[str, NDArray[Any]]) -> None:
-        values, bias = (exact(tensor) for tensor in layer.values(self._quantizer_of(name)))
-        integers = np.rint(values / along_rows(exact(layer.unit), values.ndim)).astype(np.int8)
+        quantizer = quantizer_at(self.network, f"pre_hooks.{layer.operation(name)}__1.0")
+        values, bias = (exact(tensor) for tensor in layer.values(quantizer))
+        integers = np.rint(values / along_rows(exact(layer.unit), values.ndim))
+        scales = self.start[f"{STRICTEST}/{name}.weight_scale"]
         site = self.sites.get(self.structure.reads[name])
         divisor = self._scale(self.structure.writes.get(name))
         bias = bias if divisor is None else bias * divisor
         for profile in PROFILES:
-            weight, scales = self._allowed(name, integers, profile)
-            arrays[f"{profile}/{name}.weight"] = weight
+            grid = layer_grid(self.record.scheme, name, integers.shape, profile)
+            arrays[f"{profile}/{name}.weight"] = round_weights(integers, grid).astype(np.int8)
             arrays[f"{profile}/{name}.weight_scale"] = scales
             arrays[f"{profile}/{name}.bias"] = (
                 bias.astype(np.float32) if site is None else quantize_bias(bias, site.scale, scales)
             )
-
-    def _quantizer_of(self, layer: str) -> nn.Module:
-        operation = self.trained[layer].operation(layer)
-        return cast("nn.Module", quantizer_at(self.network, f"pre_hooks.{operation}__1.0"))
-
-    def _allowed(
-        self, name: str, integers: NDArray[np.int8], profile: Profile
-    ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-        """Return trained integers as a profile allows them, and their scales.
-
-        Rows that it allows stay as they are. Others are rounded again with their own scales or with
-        those that the calibration chose for the profile, whichever loses less.
-        """
-        grid = layer_grid(self.record.scheme, name, integers.shape, profile)
-        own, other = (self.start[f"{p}/{name}.weight_scale"] for p in (TRAINED, profile))
-        exact = integers * along_rows(own.astype(np.float64), integers.ndim)
-        found, lost = [], []
-        for scales in (own, other):
-            rounded = quantize_weight(exact, scales, grid)
-            error = rounded * along_rows(scales.astype(np.float64), integers.ndim) - exact
-            found.append(rounded)
-            lost.append((error**2).reshape(len(error), -1).sum(axis=1))
-        takes = lost[1] < lost[0]
-        return np.where(along_rows(takes, integers.ndim), found[1], found[0]), np.where(
-            takes, other, own
-        )
 
 
 class NncfLayer(nn.Module):

@@ -32,9 +32,8 @@ if TYPE_CHECKING:
     Image = NDArray[np.float32]
 
 INPUT_NAME, OUTPUT_NAME, METADATA_KEY = "image", "logits", "convnext_edge"
-UNSUPPORTED_ANYWHERE: Mapping[Scheme, str] = {
-    "w4a4": "it has no kernel for 4-bit activations; the reference computes what they would give"
-}
+NO_FOUR_BITS = "it has no kernel for 4-bit activations; the reference computes what they would give"
+"""Why no runtime but the reference expresses w4a4."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,8 +254,7 @@ def check_expressible(wanted: Export, known: Runtime) -> None:
         *((("placement", wanted.placement, can.placements),) if quantized else ()),
     ):
         if value not in allowed:
-            reasons = {**UNSUPPORTED_ANYWHERE, **can.unsupported_schemes}
-            why = reasons.get(wanted.scheme) if word == "scheme" else None
+            why = can.unsupported_schemes.get(wanted.scheme) if word == "scheme" else None
             raise UsageError(
                 f"runtime {known.name} does not express {word} {value}"
                 + (f": {why}" if why else ""),

@@ -20,6 +20,7 @@ from targets import graph as g
 from targets.base import (
     INPUT_NAME,
     METADATA_KEY,
+    NO_FOUR_BITS,
     OUTPUT_NAME,
     Capabilities,
     NotRun,
@@ -52,6 +53,7 @@ class CoreMl:
         graph_forms=("1x1 convolution",),
         gelu="erf",
         unsupported_schemes={
+            "w4a4": NO_FOUR_BITS,
             "w8a16": "CoreML's quantize writes 8 bits",
             "w8a8-dynamic": "CoreML has no op that finds an activation's scale when it runs",
         },

@@ -29,6 +29,7 @@ from targets import graph as g
 from targets.base import (
     INPUT_NAME,
     METADATA_KEY,
+    NO_FOUR_BITS,
     OUTPUT_NAME,
     Capabilities,
     NotRun,
@@ -74,7 +75,8 @@ class OnnxRuntime:
         graph_forms=("channels-last linear",),
         gelu="erf",
         unsupported_schemes={
-            "w8a16": "onnxruntime has no kernel for 16-bit activations; it would compute in float"
+            "w4a4": NO_FOUR_BITS,
+            "w8a16": "onnxruntime has no kernel for 16-bit activations; it would compute in float",
         },
     )
 

@@ -23,6 +23,7 @@ from targets import graph as g
 from targets.base import (
     INPUT_NAME,
     METADATA_KEY,
+    NO_FOUR_BITS,
     OUTPUT_NAME,
     Capabilities,
     NotRun,
@@ -61,6 +62,7 @@ class OpenVino:
         graph_forms=("1x1 convolution",),
         gelu="erf",
         unsupported_schemes={
+            "w4a4": NO_FOUR_BITS,
             "w8a16": "OpenVINO has no kernel for 16-bit activations; it would compute in float",
             "w8a8-dynamic": "OpenVINO does that in linear layers only, on CPUs with VNNI only, and"
             " its compiled model does not say whether it did",

@@ -23,6 +23,7 @@ from targets import graph as g
 from targets.base import (
     INPUT_NAME,
     METADATA_KEY,
+    NO_FOUR_BITS,
     OUTPUT_NAME,
     Capabilities,
     NotRun,
@@ -62,6 +63,7 @@ class TfLite:
         # Its integer kernels write integers.
         placements=("pointwise-io", "all"),
         float_layers=FLOAT_LAYERS,
+        unsupported_schemes={"w4a4": NO_FOUR_BITS},
         default_isa="arm",
     )
 

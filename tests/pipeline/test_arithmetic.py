@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from pipeline import arithmetic
 from pipeline.arithmetic import LEAST_DIVISOR
-from pipeline.records import PROFILES, Profile, Quantization, Range
+from pipeline.records import PROFILES, Bits, Profile, Quantization, Range
 
 FAST = settings(max_examples=150, deadline=None)
 
@@ -47,16 +47,27 @@ def test_zero_is_a_grid_point(observed: Range) -> None:
 
 @given(observed=ranges)
 @FAST
-def test_scale_is_a_float32_and_zero_point_an_int8(observed: Range) -> None:
-    chosen = arithmetic.activation_quantization(observed)
-    assert float(np.float32(chosen.scale)) == chosen.scale
-    assert -128 <= chosen.zero_point <= 127
+def test_scale_is_a_float32_and_zero_point_an_integer_of_the_grid(observed: Range) -> None:
+    grids: dict[Bits, tuple[int, int]] = {8: (-128, 127), 4: (-8, 7)}
+    for bits, (least, most) in grids.items():
+        chosen = arithmetic.activation_quantization(observed, bits)
+        assert float(np.float32(chosen.scale)) == chosen.scale
+        assert least <= chosen.zero_point <= most
+        assert chosen.bits == bits
+        q = arithmetic.quantize(np.array([observed.minimum, 0, observed.maximum]), chosen)
+        assert least <= q.min() <= q.max() <= most
 
 
-@given(observed=ranges, shares=st.lists(st.floats(0, 1), min_size=1, max_size=20))
+@given(
+    observed=ranges,
+    shares=st.lists(st.floats(0, 1), min_size=1, max_size=20),
+    bits=st.sampled_from([4, 8]),
+)
 @FAST
-def test_round_trip_errs_by_half_a_step_at_most(observed: Range, shares: list[float]) -> None:
-    chosen = arithmetic.activation_quantization(observed)
+def test_round_trip_errs_by_half_a_step_at_most(
+    observed: Range, shares: list[float], bits: Bits
+) -> None:
+    chosen = arithmetic.activation_quantization(observed, bits)
     spread = observed.maximum - observed.minimum
     x = np.array([0.0, 1.0, *shares]) * spread + observed.minimum
     x = np.clip(x, observed.minimum, observed.maximum)

@@ -27,10 +27,12 @@ from pipeline.nncf_quantizers import HOOKS, check_mappable, nncf_torch
 from pipeline.nncf_student import NncfLayer, NncfStudent
 from pipeline.quantize import Given, layer_grid, quantize
 from pipeline.records import (
+    PROFILES,
     Architecture,
     Export,
     Finetuning,
     Preprocessing,
+    Profile,
     QuantizedModel,
     Scheme,
     Wanted,
@@ -103,7 +105,7 @@ def quantized(scheme: Scheme, placement: str) -> tuple[QuantizedModel, Arrays]:
 
 
 def of_integers(
-    record: QuantizedModel, arrays: Arrays, pixels: NDArray[np.float64]
+    record: QuantizedModel, arrays: Arrays, pixels: NDArray[np.float64], profile: Profile
 ) -> NDArray[np.float64]:
     """The logits that the reference computes from the record, in float64."""
     can = runtimes()["reference"].capabilities
@@ -113,7 +115,7 @@ def of_integers(
         placement=record.placement,
         graph_form=can.graph_forms[0],
         gelu=can.gelu,
-        profile="full",
+        profile=profile,
     )
     wide: Any = pixels
     logits: Any = evaluate(build_graph(record, arrays, can, export), wide)
@@ -170,7 +172,7 @@ def with_another(student: NncfStudent, hook: str) -> None:
 def test_before_training_it_computes_what_the_integers_do(scheme: Scheme, placement: str) -> None:
     record, arrays = quantized(scheme, placement)
     student, pixels = student_of(scheme, placement), images(8, 2)
-    exact = of_integers(record, arrays, pixels)
+    exact = of_integers(record, arrays, pixels, "avx2")
     assert apart(of_nncf(student, pixels), exact) < 1e-5
     rescaled = {name.rpartition(".")[0].rpartition(".")[2] for name in arrays if "rescale/" in name}
     if placement == "all":
@@ -198,7 +200,7 @@ def test_other_networks_have_other_sites_and_layers_may_stay_float() -> None:
     record, arrays = quantize(given(net), HOW, wanted, labels=None, parents={})
     student, pixels = NncfStudent(record, arrays, torch.float64), images(8, 2)
     assert not student.trained.keys() & set(floats)
-    assert apart(of_nncf(student, pixels), of_integers(record, arrays, pixels)) < 1e-5
+    assert apart(of_nncf(student, pixels), of_integers(record, arrays, pixels, "avx2")) < 1e-5
 
 
 def test_weights_alone_can_be_quantized() -> None:
@@ -206,7 +208,7 @@ def test_weights_alone_can_be_quantized() -> None:
     pixels = images(8, 2)
     student = student_of("w8", "all")
     assert not student.sites
-    assert apart(of_nncf(student, pixels), of_integers(record, arrays, pixels)) < 1e-5
+    assert apart(of_nncf(student, pixels), of_integers(record, arrays, pixels, "avx2")) < 1e-5
 
 
 @pytest.mark.parametrize(("scheme", "placement"), [("w8a8", "pointwise"), ("w4a8", "all")])
@@ -248,15 +250,16 @@ def test_what_was_trained_is_what_the_record_holds(
 
     after, trained = student.quantized()
     logits = of_nncf(student, pixels)
-    assert apart(of_integers(after, trained, pixels), logits) < 1e-5
-    assert apart(of_integers(record, arrays, pixels), logits) > 1e-3  # something was learnt
+    assert apart(of_integers(after, trained, pixels, "full"), logits) < 1e-5
+    assert apart(of_integers(record, arrays, pixels, "avx2"), logits) > 1e-3  # it learnt something
     assert after == record
     assert trained.keys() == arrays.keys()
     for name, layer in student.trained.items():
-        key = f"full/{name}"
-        assert (trained[f"{key}.weight"] != arrays[f"{key}.weight"]).mean() > 0.01, name
-        assert (trained[f"{key}.bias"] != arrays[f"{key}.bias"]).any(), name
-        assert np.array_equal(trained[f"{key}.weight_scale"], arrays[f"{key}.weight_scale"])
+        for profile in PROFILES:
+            now, before = f"{profile}/{name}", f"avx2/{name}"
+            assert (trained[f"{now}.weight"] != arrays[f"{before}.weight"]).mean() > 0.01, name
+            assert (trained[f"{now}.bias"] != arrays[f"{before}.bias"]).any(), name
+            assert np.array_equal(trained[f"{now}.weight_scale"], arrays[f"{before}.weight_scale"])
         assert {id(layer.weight), id(layer.bias)} <= learnt
     assert len(learnt) == 2 * len(student.trained)
     assert {id(p) for p in student.parameters() if p.requires_grad} == learnt
@@ -273,7 +276,7 @@ def test_single_precision_gives_the_same_but_for_single_steps(tmp_path: Path) ->
     loop(student, tmp_path).train(silent)
     with torch.no_grad():
         logits = student(torch.from_numpy(pixels).float()).double().numpy()
-    assert apart(of_integers(*student.quantized(), pixels), logits) < 1e-2
+    assert apart(of_integers(*student.quantized(), pixels, "full"), logits) < 1e-2
 
 
 def test_untrained_integers_come_back() -> None:
@@ -281,9 +284,8 @@ def test_untrained_integers_come_back() -> None:
     after, read = student_of("w8a8", "all").quantized()
     assert after == record
     for name, array in arrays.items():
-        if not name.startswith("avx2/"):
-            assert np.array_equal(read[name], array), name
-            assert read[name].dtype == array.dtype, name
+        assert read[name].dtype == array.dtype, name
+        assert np.array_equal(read[name], arrays[name.replace("full/", "avx2/")]), name
 
 
 def test_a_training_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
@@ -308,28 +310,27 @@ def test_a_training_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
-def test_other_profiles_keep_what_they_allow(scheme: Scheme, tmp_path: Path) -> None:
+def test_what_left_the_headroom_is_put_back(scheme: Scheme, tmp_path: Path) -> None:
     student = student_of(scheme, "all")
-    loop(student, tmp_path).train(silent)
+    loop(student, tmp_path, replace(LEARNING, rate=2.0)).train(silent)
     _, arrays = student.quantized()
-    changed = 0
+    left = set()
     for name in student.trained:
         full, avx2 = (arrays[f"{profile}/{name}.weight"] for profile in ("full", "avx2"))
-        own, scales = (arrays[f"{profile}/{name}.weight_scale"] for profile in ("full", "avx2"))
         grid = layer_grid(scheme, name, full.shape, "avx2")
-        assert np.array_equal(round_weights(avx2.astype(np.float64), grid), avx2), name
-        fits = (round_weights(full.astype(np.float64), grid) == full).reshape(len(full), -1)
-        rows = fits.all(axis=1)
-        assert np.array_equal(avx2[rows], full[rows]), name
-        assert np.array_equal(scales[rows], own[rows]), name
-        changed += int((~rows).sum())
-        exact, found = (
-            q * s.reshape(-1, *[1] * (q.ndim - 1)).astype(np.float64)
-            for q, s in ((full, own), (avx2, scales))
-        )
-        # The stem's weights keep to half of what they had: with their own scales they would clip.
-        assert np.linalg.norm(found - exact) < 0.02 * np.linalg.norm(exact), name
-    assert changed > 10
+        allowed = round_weights(avx2.astype(np.float64), grid)
+        assert np.array_equal(allowed, avx2), name
+        if np.array_equal(round_weights(full.astype(np.float64), grid), full):
+            assert np.array_equal(avx2, full), name
+        else:
+            left.add(name)
+            assert np.abs(avx2.astype(int) - full).max() < 4 * UPDATES, name
+        for what in (f"{name}.weight_scale", f"{name}.bias"):
+            assert np.array_equal(arrays[f"avx2/{what}"], arrays[f"full/{what}"])
+    assert "stem.conv" in left  # its channels make no pairs
+    assert any("downsample" in name for name in left)
+    assert not any("depthwise" in name for name in left)
+    assert any(".pw" in name for name in left) == (scheme == "w8a8")
 
 
 # --- what has no place ----------------------------------------------------------------------------

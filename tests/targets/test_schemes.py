@@ -44,7 +44,7 @@ Made = tuple[QuantizedModel, dict[str, NDArray[Any]]]
 SIZE = 64
 NET = Architecture(depths=(1, 2), dims=(16, 32), classes=5)
 HOW = Preprocessing(input_size=SIZE)
-BOUNDS: dict[Scheme, float] = {"w8a8": 0.02, "w4a8": 0.02, "w8a16": 5e-4, "w8": 1e-5}
+BOUNDS: dict[Scheme, float] = {"w8a8": 0.02, "w4a8": 0.02, "w8a16": 5e-4, "w8": 1e-5, "w4a4": 1e-5}
 """How far an artifact may be from the reference, relative to the largest logit."""
 LEAST_DYNAMIC_DB = 30
 NEW = {"w8", "w8a8-dynamic", "w8a16"}
