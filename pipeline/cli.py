@@ -11,36 +11,29 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from pathlib import Path  # noqa: TC003 - typer reads the annotations when it runs
+from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
 from pipeline import words
+from pipeline.cli_run import (
+    INTERRUPTED,
+    RunDir,
+    app,
+    budget_of,
+    err_console,
+    new_display,
+    out_console,
+    print_gate,
+    recipe_of,
+)
 from pipeline.errors import EdgeError, OutputError, UsageError
 
-if TYPE_CHECKING:
-    from pipeline.recipe import Budget, Recipe
-    from pipeline.run import Finished
-    from reports.document import Gate
-
-app = typer.Typer(
-    name="convnext-edge",
-    help="Take a ConvNeXt image classifier to ONNX, OpenVINO, TFLite and CoreML, quantized.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-out_console = Console()
-err_console = Console(stderr=True)
-
 GATE_EXIT = {"pass": 0, "fail": 3, "inconclusive": 4, "not_run": 4}
-INTERRUPTED, TERMINATED = 130, 143
+TERMINATED = 143
 PLACE_LENGTH = 200
-DEFAULT_OUT = Path("runs/default")
 
-RunDir = Annotated[Path, typer.Argument(help="A folder that `convnext-edge run` wrote.")]
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 
 
@@ -109,260 +102,7 @@ def _escape(error: EdgeError) -> str:
     return escape(str(error))
 
 
-# --- the pipeline: run, quantize and export are one command that goes more or less far ------------
-
-
-def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -> None:
-    @app.command(name, help=summary)
-    def command(
-        recipe: Annotated[Path | None, typer.Option(help="TOML recipe; flags override it.")] = None,
-        checkpoint: Annotated[
-            str | None,
-            typer.Option(
-                help="A .pth or .safetensors file, an index of shards, a Hugging Face folder, or "
-                "hf:owner/name; left out: the embedded model."
-            ),
-        ] = None,
-        weights: Annotated[
-            str | None, typer.Option(help="Of a training checkpoint: auto (EMA first), ema, model.")
-        ] = None,
-        data: Annotated[
-            str | None,
-            typer.Option(
-                help="Folder, zip, tar, parquet or csv of images; `digits`; `none`: synthetic ones."
-            ),
-        ] = None,
-        eval_: Annotated[
-            str | None,
-            typer.Option("--eval", help="Evaluation images elsewhere; `none`: no evaluation."),
-        ] = None,
-        label_file: Annotated[
-            Path | None, typer.Option("--labels", help="Labels of a flat folder of --eval images.")
-        ] = None,
-        class_order: Annotated[
-            str | None,
-            typer.Option(help="The data's classes in the model's order: a file, or `sorted`."),
-        ] = None,
-        input_size: Annotated[int | None, typer.Option(help="Side of the image, pixels.")] = None,
-        scheme: Annotated[
-            str | None,
-            typer.Option(help="float, w8a8, w4a8, w8a16, w8a8-dynamic or w8."),
-        ] = None,
-        runtimes: Annotated[
-            str | None, typer.Option(help="Comma-separated: onnx,openvino,tflite,coreml.")
-        ] = None,
-        placement: Annotated[
-            str | None,
-            typer.Option(help="Layers in integers: pointwise, pointwise-io or all."),
-        ] = None,
-        method: Annotated[
-            str | None,
-            typer.Option(help="How grids are chosen: search, min-max, percentile, mse, entropy."),
-        ] = None,
-        rounding: Annotated[
-            str | None, typer.Option(help="Of weights: auto, nearest, gptq or adaround.")
-        ] = None,
-        max_drop: Annotated[
-            float | None,
-            typer.Option(help="Leave layers in float until top-1 drops by at most so many points."),
-        ] = None,
-        float_layers: Annotated[
-            str | None, typer.Option(help="Comma-separated layers that stay float.")
-        ] = None,
-        out: Annotated[Path, typer.Option(help="The run folder.")] = DEFAULT_OUT,
-        calibration_images: Annotated[int | None, typer.Option(help="At most this many.")] = None,
-        eval_images: Annotated[int | None, typer.Option(help="At most this many.")] = None,
-        seed: Annotated[int | None, typer.Option(help="Of the draw of images.")] = None,
-        isa: Annotated[
-            str | None,
-            typer.Option(help="Where artifacts will run: auto, avx2, vnni or arm."),
-        ] = None,
-        batch: Annotated[
-            str | None, typer.Option(help="Batch of the artifacts: a number or `dynamic`.")
-        ] = None,
-        bench: Annotated[bool | None, typer.Option("--bench/--no-bench")] = None,
-        device: Annotated[str | None, typer.Option(help="Where latency is measured.")] = None,
-        threads: Annotated[int | None, typer.Option(help="Threads while measuring.")] = None,
-        allow_overlap: Annotated[
-            bool | None,
-            typer.Option("--allow-overlap", help="Images may calibrate and evaluate alike."),
-        ] = None,
-        crop_ratio: Annotated[
-            float | None, typer.Option(help="Centre crop over resized shorter side.")
-        ] = None,
-        resize_size: Annotated[
-            int | None, typer.Option(help="Resized shorter side, pixels; over --crop-ratio.")
-        ] = None,
-        crop_mode: Annotated[str | None, typer.Option(help="center or squash.")] = None,
-        interpolation: Annotated[
-            str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.")
-        ] = None,
-        antialias: Annotated[bool | None, typer.Option("--antialias/--no-antialias")] = None,
-        mean: Annotated[str | None, typer.Option(help="R,G,B of pixels in [0, 1].")] = None,
-        std: Annotated[str | None, typer.Option(help="R,G,B of pixels in [0, 1].")] = None,
-        budget: Annotated[Path | None, typer.Option(help="TOML budget of the gate.")] = None,
-        baseline: Annotated[Path | None, typer.Option(help="Accepted report.json.")] = None,
-    ) -> None:
-        from pipeline.run import Steps
-
-        settings = _recipe(
-            recipe,
-            {
-                "checkpoint": words.checkpoint_place(checkpoint),
-                "weights": weights,
-                "data": words.data_place(data),
-                "eval": words.data_place(eval_),
-                "label_file": words.absolute(label_file),
-                "class_order": words.class_order_place(class_order),
-                "input_size": input_size,
-                "scheme": scheme,
-                "runtimes": tuple(words.listed(runtimes)) if runtimes is not None else None,
-                "placement": placement,
-                "method": method,
-                "rounding": rounding,
-                "max_drop": max_drop,
-                "float_layers": None if float_layers is None else tuple(words.listed(float_layers)),
-                "calibration_images": calibration_images,
-                "eval_images": eval_images,
-                "seed": seed,
-                "isa": isa,
-                "batch": int(batch) if batch is not None and batch.isdecimal() else batch,
-                "bench": bench,
-                "device": device,
-                "threads": threads,
-                "allow_overlap": allow_overlap,
-                "preprocessing": {
-                    "crop_ratio": crop_ratio,
-                    "resize_size": resize_size,
-                    "crop_mode": crop_mode,
-                    "interpolation": interpolation,
-                    "antialias": antialias,
-                    "mean": words.numbers("--mean", mean),
-                    "std": words.numbers("--std", std),
-                },
-                "gate": _budget(budget),
-                "baseline": words.absolute(baseline),
-            },
-        )
-        steps = Steps(export=export, verify=measure, bench=measure)
-        _conclude(_execute(settings, out, steps), out)
-
-
-_pipeline_command(
-    "run", "Do all of it: quantize, export, verify, bench, report, gate.", export=True, measure=True
-)
-_pipeline_command(
-    "quantize", "Calibrate and quantize; leaves OUT/model.", export=False, measure=False
-)
-_pipeline_command(
-    "export", "Quantize and export; leaves OUT/artifacts.", export=True, measure=False
-)
-
-
-@app.command()
-def finetune(
-    run_dir: RunDir,
-    out: Annotated[Path, typer.Option(help="The new run folder.")],
-    data: Annotated[
-        str | None, typer.Option(help="Training images; left out: those that RUN_DIR names.")
-    ] = None,
-    scheme: Annotated[str | None, typer.Option(help="w8a8, w4a8, w4a4, w8a16 or w8.")] = None,
-    placement: Annotated[
-        str | None, typer.Option(help="Layers in integers: pointwise, pointwise-io or all.")
-    ] = None,
-    runtimes: Annotated[str | None, typer.Option(help="Comma-separated.")] = None,
-    engine: Annotated[str | None, typer.Option(help="Whose quantizers: own or nncf.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images of an update.")] = None,
-    images: Annotated[int | None, typer.Option(help="Train on at most so many.")] = None,
-    rate: Annotated[
-        float | None, typer.Option(help="Of weights: steps of their grid per update.")
-    ] = None,
-    scale_rate: Annotated[
-        float | None, typer.Option(help="Of scales, offsets and biases, relative.")
-    ] = None,
-    average: Annotated[
-        float | None, typer.Option(help="Of the exponential mean of weights; 0: none.")
-    ] = None,
-    drop_path: Annotated[
-        float | None, typer.Option(help="Share of images that skip the last block.")
-    ] = None,
-    logit_weight: Annotated[float | None, typer.Option(help="Of the logits' distance.")] = None,
-    kl_weight: Annotated[float | None, typer.Option(help="Of the divergence.")] = None,
-    block_weight: Annotated[float | None, typer.Option(help="Of the blocks' outputs.")] = None,
-    label_weight: Annotated[float | None, typer.Option(help="Of the labels.")] = None,
-    oscillation: Annotated[str | None, typer.Option(help="auto, count, dampen or freeze.")] = None,
-    crop: Annotated[float | None, typer.Option(help="Least area of a random crop.")] = None,
-    flip: Annotated[float | None, typer.Option(help="Share of images mirrored.")] = None,
-    colour: Annotated[float | None, typer.Option(help="Strength of colour jitter.")] = None,
-    randaugment: Annotated[int | None, typer.Option(help="Operations per image.")] = None,
-    save_minutes: Annotated[float | None, typer.Option(help="Between checkpoints.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of images' order and augmentation.")] = None,
-    bench: Annotated[bool | None, typer.Option("--bench/--no-bench")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on from an unfinished training.")
-    ] = True,
-) -> None:
-    """Train a run folder's quantized model on; leaves a run folder of its own."""
-    from pipeline.run import Steps, trained_on
-
-    changes = {
-        "scheme": scheme,
-        "placement": placement,
-        "runtimes": tuple(words.listed(runtimes)) if runtimes is not None else None,
-        "train": words.data_place(data),
-        "bench": bench,
-        "finetune": {
-            "engine": engine,
-            "epochs": epochs,
-            "batch": batch,
-            "images": images,
-            "rate": rate,
-            "scale_rate": scale_rate,
-            "average": average,
-            "drop_path": drop_path,
-            "logit_weight": logit_weight,
-            "kl_weight": kl_weight,
-            "block_weight": block_weight,
-            "label_weight": label_weight,
-            "oscillation": oscillation,
-            "save_minutes": save_minutes,
-            "seed": seed,
-            "augmentation": {
-                "crop": crop,
-                "flip": flip,
-                "colour": colour,
-                "randaugment": randaugment,
-            },
-        },
-    }
-    settings = trained_on(run_dir, changes)
-    _conclude(_execute(settings, out, Steps(restart=not resume, beside=run_dir)), out)
-
-
-@app.command()
-def verify(run_dir: RunDir) -> None:
-    """Run the artifacts of a run folder over its evaluation images."""
-    from pipeline.run import Steps
-
-    _conclude(_execute(_stored_recipe(run_dir), run_dir, Steps(bench=False)), run_dir)
-
-
-@app.command()
-def bench(
-    run_dir: RunDir,
-    device: Annotated[str | None, typer.Option(help="Where latency is measured.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads while measuring.")] = None,
-) -> None:
-    """Measure the latency of a run folder's artifacts."""
-    from pipeline.recipe import load_recipe
-    from pipeline.run import Steps
-
-    flags = {"device": device, "threads": threads, "bench": True}
-    changes = {name: value for name, value in flags.items() if value is not None}
-    stored = _stored_recipe(run_dir)
-    settings = load_recipe(None, {**stored.model_dump(exclude_none=True), **changes})
-    _conclude(_execute(settings, run_dir, Steps(verify=False)), run_dir)
+# --- judging and looking ----------------------------------------------------------------------
 
 
 @app.command()
@@ -370,7 +110,7 @@ def report(run_dir: RunDir) -> None:
     """Write a run folder's pages again from its report.json."""
     from pipeline.conclude import PAGES, write_pages_of
 
-    with _display() as display:
+    with new_display() as display:
         write_pages_of(run_dir, display)
     out_console.print(f"{run_dir / PAGES / 'index.html'}", soft_wrap=True, highlight=False)
 
@@ -392,8 +132,8 @@ def gate(
     """Judge a run folder by a budget: exit code 0 pass, 3 fail, 4 inconclusive."""
     from pipeline.conclude import accept_baseline, judge_again
 
-    settings = _stored_recipe(run_dir)
-    asked = _budget(budget) or settings.budget()
+    settings = recipe_of(run_dir)
+    asked = budget_of(budget) or settings.budget()
     against = words.absolute(baseline) or settings.baseline
     if accept:
         place = accept_baseline(run_dir, against)
@@ -405,9 +145,9 @@ def gate(
             allowed="a TOML file with limits such as max_drop_pp = 1.0",
             do="Give --budget FILE",
         )
-    with _display() as display:
+    with new_display() as display:
         judged = judge_again(run_dir, asked, against, display)
-    _print_gate(judged)
+    print_gate(judged)
     raise typer.Exit(GATE_EXIT[judged.outcome])
 
 
@@ -490,84 +230,6 @@ def doctor(as_json: Json = False) -> None:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
     else:
         show(facts, out_console)
-
-
-# --- shared -------------------------------------------------------------------------------------
-
-
-def _recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
-    from pipeline.recipe import load_recipe
-    from pipeline.run import EMBEDDED_RECIPE
-
-    # Without a checkpoint the embedded recipe is what the flags are laid over.
-    embedded = path is None and flags["checkpoint"] is None
-    settings = load_recipe(EMBEDDED_RECIPE if embedded else path, flags)
-    return _asking_less(settings) if embedded and flags["gate"] is None else settings
-
-
-def _asking_less(settings: Recipe) -> Recipe:
-    """Let the embedded budget require only what is exported: fewer runtimes are no failure."""
-    assert settings.gate is not None, "the embedded recipe has a budget"
-    left = tuple(name for name in settings.gate.require if name in settings.runtimes)
-    return settings.model_copy(update={"gate": settings.gate.model_copy(update={"require": left})})
-
-
-def _stored_recipe(run_dir: Path) -> Recipe:
-    from pipeline.run import stored_recipe
-
-    return stored_recipe(run_dir)
-
-
-def _budget(path: Path | None) -> Budget | None:
-    from pipeline.recipe import load_budget
-
-    return load_budget(path) if path is not None else None
-
-
-def _execute(settings: Recipe, out: Path, steps: Any) -> Finished:
-    from pipeline.run import execute
-
-    try:
-        with _display() as display:
-            return execute(settings, out, steps, display)
-    except KeyboardInterrupt:
-        err_console.print("interrupted: finished stages are kept, the same command resumes")
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def _display() -> Any:
-    from pipeline.display import Display
-
-    return Display(err_console)
-
-
-def _conclude(finished: Finished, out: Path) -> None:
-    out_console.print(
-        f"{len(finished.made)} stages made, {len(finished.reused)} reused", highlight=False
-    )
-    if finished.report is None:
-        out_console.print(f"model: {out / 'model'}", soft_wrap=True, highlight=False)
-        return
-    from pipeline.display import print_results
-
-    print_results(finished.report, out, out_console)
-    _print_gate(finished.report.gate)
-    if finished.failures:
-        for reason in finished.failures:
-            err_console.print(f"failed: {reason}", soft_wrap=True, highlight=False, markup=False)
-        raise typer.Exit(1)
-
-
-def _print_gate(judged: Gate) -> None:
-    for check in judged.checks:
-        if check.outcome != "pass":
-            out_console.print(
-                f"  {check.outcome}: {check.name}: {check.why}",
-                soft_wrap=True,
-                highlight=False,
-                markup=False,
-            )
-    out_console.print(f"gate: {judged.outcome}", highlight=False)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calib.grid import along_channels
-from calib.learned import BIAS_STEPS, replaced
+from calib.learned import BIAS_STEPS
+from calib.lsq import replaced
 from pipeline.arithmetic import BIAS_LIMIT, along_rows, quantize_bias, round_weights
 from pipeline.convnext import Block
 from pipeline.errors import UsageError

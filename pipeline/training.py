@@ -224,6 +224,7 @@ def _write(
     parents: Mapping[str, str],
     lines: list[dict[str, Any]],
 ) -> None:
+    learner.network_of().cpu()
     record, arrays = learner.quantized()
     trained = replace(record, trained=how, parents={**record.parents, **parents})
     quantize.write(folder, trained, arrays)

@@ -225,23 +225,21 @@ class Loop:
         """
         how, cuda = self.how, self.device.type == "cuda"
         half = torch.autocast("cuda", dtype=torch.bfloat16) if cuda else nullcontext()
+        with torch.no_grad():
+            wanted = self.teacher(image)
+            taught = self.blocks.taken(of_teacher=True) if self.blocks else []
         with half:
-            with torch.no_grad():
-                wanted = self.teacher(image).float()
-                taught = self.blocks.taken(of_teacher=True) if self.blocks else []
             given = (self.run or self.network)(image).float()
         if not self.power:
             self.power = float(self._mean_over_ranks(wanted.square().mean()))
-            self.block_powers = [
-                float(self._mean_over_ranks(y.float().square().mean())) for y in taught
-            ]
+            self.block_powers = [float(self._mean_over_ranks(y.square().mean())) for y in taught]
         logit = (given - wanted).square().mean() / self.power
         logs = functional.log_softmax(given, dim=1), functional.log_softmax(wanted, dim=1)
         kl = functional.kl_div(*logs, reduction="batchmean", log_target=True)
         loss = how.logit_weight * logit + how.kl_weight * kl
         if self.blocks:
             pairs = zip(self.blocks.taken(), taught, self.block_powers, strict=True)
-            apart = [(y.float() - t.float()).square().mean() / power for y, t, power in pairs]
+            apart = [(y.float() - t).square().mean() / power for y, t, power in pairs]
             loss = loss + how.block_weight * torch.stack(apart).mean()
         if how.label_weight:
             errors = functional.cross_entropy(given, labels, ignore_index=-1, reduction="none")

@@ -46,7 +46,7 @@ LEVELS = (
     {"pipeline.tune", "pipeline.finetune"},
     {"pipeline.run"},
     {"pipeline.words", "pipeline.explain"},
-    {"pipeline.cli"},
+    {"pipeline.cli", "pipeline.cli_run"},
 )
 """Each level imports from those before it and from itself."""
 
