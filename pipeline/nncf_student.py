@@ -32,7 +32,6 @@ from calib.grid import along_channels
 from calib.learned import BIAS_STEPS
 from calib.lsq import replaced
 from pipeline.arithmetic import BIAS_LIMIT, along_rows, quantize_bias, round_weights
-from pipeline.convnext import Block
 from pipeline.errors import UsageError
 from pipeline.nncf_quantizers import (
     attach,
@@ -46,7 +45,7 @@ from pipeline.nncf_quantizers import (
 )
 from pipeline.quantize import layer_grid
 from pipeline.records import ACTIVATION_BITS, PROFILES, Profile, QuantizedModel
-from pipeline.student import STRICTEST, DroppedPath, float_network
+from pipeline.student import STRICTEST, drop_paths, float_network
 from pipeline.trace import Freedom, structure, trace
 
 if TYPE_CHECKING:
@@ -190,13 +189,8 @@ class NncfStudent(nn.Module):
         return self
 
     def drop_paths(self, rate: float, generator: torch.Generator, part: tuple[int, int]) -> None:
-        """Let images skip blocks while training; see `pipeline.student.Student.drop_paths`."""
-        blocks = [name for name, m in self.network.named_modules() if isinstance(m, Block)]
-        for index, block in enumerate(blocks):
-            branch = f"{block}.res_out"
-            inner = self.network.get_submodule(branch)
-            share = rate * (index + 1) / len(blocks)
-            self.network.set_submodule(branch, DroppedPath(inner, share, generator, part).train())
+        """Let images skip blocks while training; see `pipeline.student.drop_paths`."""
+        drop_paths(self.network, rate, generator, part)
 
     # --- the way back ------------------------------------------------------------------------
 

@@ -167,19 +167,8 @@ class Student(nn.Module):
         return self.network
 
     def drop_paths(self, rate: float, generator: torch.Generator, part: tuple[int, int]) -> None:
-        """Let images skip blocks while training, the last one with this probability.
-
-        Args:
-            rate: Of the last block; the others' rise from 0 linearly with depth.
-            generator: What is drawn from.
-            part: This process's rank and how many there are: all draw for the whole batch.
-        """
-        blocks = [name for name, m in self.network.named_modules() if isinstance(m, Block)]
-        for index, block in enumerate(blocks):
-            branch = f"{block}.res_out"
-            inner = self.network.get_submodule(branch)
-            share = rate * (index + 1) / len(blocks)
-            self.network.set_submodule(branch, DroppedPath(inner, share, generator, part).train())
+        """Let images skip blocks while training; see `drop_paths`."""
+        drop_paths(self.network, rate, generator, part)
 
     # --- the way back ------------------------------------------------------------------------
 
@@ -219,6 +208,25 @@ class Student(nn.Module):
             arrays[f"{profile}/{name}.weight"] = weight
             arrays[f"{profile}/{name}.weight_scale"] = scales.numpy()
             arrays[f"{profile}/{name}.bias"] = bias
+
+
+def drop_paths(
+    network: nn.Module, rate: float, generator: torch.Generator, part: tuple[int, int]
+) -> None:
+    """Let images skip a network's blocks, the last one with this probability.
+
+    Args:
+        network: Changed in place.
+        rate: Of the last block; the others' rise from 0 linearly with depth.
+        generator: What is drawn from.
+        part: This process's rank and how many there are: all draw for the whole batch.
+    """
+    blocks = [name for name, m in network.named_modules() if isinstance(m, Block)]
+    for index, block in enumerate(blocks):
+        branch = f"{block}.res_out"
+        inner = network.get_submodule(branch)
+        share = rate * (index + 1) / len(blocks)
+        network.set_submodule(branch, DroppedPath(inner, share, generator, part).train())
 
 
 class DroppedPath(nn.Module):

@@ -288,6 +288,18 @@ def test_untrained_integers_come_back() -> None:
         assert np.array_equal(read[name], arrays[name.replace("full/", "avx2/")]), name
 
 
+def test_integers_are_read_through_nncfs_rounding() -> None:
+    """Whatever its quantizer makes of a weight: here one step more."""
+    _, arrays = quantized("w4a8", "pointwise")
+    student, name = student_of("w4a8", "pointwise"), "stages.0.blocks.0.pw1"
+    unit = student.trained[name].unit[:, None]
+    quantizer = student.network.get_submodule(f"{HOOKS}.pre_hooks.{BLOCK}/pw1/linear/0__1.0")
+    quantizer.register_forward_hook(lambda _module, _inputs, output: output + unit)
+    _, read = student.quantized()
+    before = arrays[f"avx2/{name}.weight"]
+    assert np.array_equal(read[f"full/{name}.weight"], np.minimum(before + 1, 7))
+
+
 def test_a_training_that_was_stopped_goes_on_bit_for_bit(tmp_path: Path) -> None:
     how = replace(LEARNING, drop_path=0.3, block_weight=0.1)
     whole = student_of("w8a8", "all")

@@ -170,3 +170,47 @@ def test_settings_that_do_not_go_together_are_said_without_the_whole_recipe() ->
 def test_a_drop_is_a_number_of_points(value: Any) -> None:
     with pytest.raises(UsageError, match="Allowed: a number, 0 to 100"):
         load_recipe(None, {"max_drop": value})
+
+
+def test_a_table_asks_for_training(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(
+        'scheme = "w4a8"\ntrain = "images/"\n'
+        "[finetune]\nepochs = 3\nrate = 0.02\n[finetune.augmentation]\ncrop = 0.5\n"
+    )
+    plain = load_recipe(file, {"finetune": {"epochs": None}})
+    assert plain.finetune is not None
+    assert (plain.finetune.epochs, plain.finetune.rate) == (3, 0.02)
+    assert plain.finetune.augmentation.crop == 0.5
+    assert plain.train == "images/"
+    # Flags are laid over it key by key, tables within it too.
+    flags = {"finetune": {"epochs": 1, "augmentation": {"flip": 0.0}}}
+    over = load_recipe(file, flags)
+    assert over.finetune is not None
+    assert (over.finetune.epochs, over.finetune.rate) == (1, 0.02)
+    assert (over.finetune.augmentation.crop, over.finetune.augmentation.flip) == (0.5, 0.0)
+    assert load_recipe(None, {"finetune": {"epochs": None}}).finetune is None
+
+
+@pytest.mark.parametrize(
+    ("table", "said", "allowed"),
+    [
+        ("[finetune]\nepoch = 3\n", "finetune.epoch is 3", "engine, epochs, batch"),
+        ("[finetune.augmentation]\ncut = 1\n", "finetune.augmentation.cut is 1", "crop, flip"),
+        ("finetune = 3\n", "finetune is 3", ""),
+    ],
+)
+def test_what_training_does_not_know_is_said_with_what_it_knows(
+    tmp_path: Path, table: str, said: str, allowed: str
+) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text(table)
+    with pytest.raises(UsageError) as caught:
+        load_recipe(file, {})
+    assert said in caught.value.got
+    assert allowed in caught.value.allowed
+
+
+def test_later_settings_lie_over_earlier_ones() -> None:
+    found = load_recipe(None, {"scheme": "w8", "seed": 3}, {"scheme": None, "seed": 4})
+    assert (found.scheme, found.seed) == ("w8", 4)
