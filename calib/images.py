@@ -246,6 +246,26 @@ def select(selection: Selection, model: Checkpoint | None = None) -> ImageSet:
     return images.sample(selection.n, selection.seed)
 
 
+def select_labelled(selection: Selection, model: Checkpoint, *, needed: bool) -> ImageSet:
+    """Open the images of a selection, with labels where they are those of the model's classes.
+
+    Args:
+        selection: Where, how many, the seed of the draw, and the order of classes.
+        model: Its classes are what labels count in.
+        needed: Whether images without such labels are of no use.
+
+    Raises:
+        DataError: As `open_images`; and of labels that are not the model's, where they are needed.
+    """
+    try:
+        return select(selection, model)
+    except DataError:
+        if needed:
+            raise
+    images = select(selection)
+    return replace(images, entries=tuple(replace(e, label=None) for e in images.entries))
+
+
 def digest(images: ImageSet, hashes: Sequence[str]) -> str:
     """Return one hash for a selection: its images' hashes and labels, in order."""
     labels = [entry.label for entry in images.entries]

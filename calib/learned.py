@@ -64,6 +64,7 @@ class LearnedGrid(nn.Module):
 
     unit: Tensor
     origin: Tensor | None
+    zero: Tensor
 
     def __init__(
         self,
@@ -80,18 +81,26 @@ class LearnedGrid(nn.Module):
         self.factor = nn.Parameter(torch.ones_like(self.unit))
         """The step over the calibration's."""
         self.moved = nn.Parameter(torch.zeros_like(self.unit)) if shift is not None else None
-        """How far the shift is from the calibration's, in its steps."""
-        zero = torch.tensor(float(parameters.zero_point))
-        self.zero = nn.Parameter(zero, requires_grad=kind.has_zero)
+        """How far the shift is from the calibration's, in widths of the grid."""
+        self.register_buffer("zero", torch.tensor(float(parameters.zero_point)))
+        self.served = 1
+        """How many values of an image each step is the step of; known once one was seen."""
+        self.turned = nn.Parameter(torch.zeros(()), requires_grad=kind.has_zero)
+        """How far the zero point is from the calibration's, in widths of the grid."""
 
     @property
     def ends(self) -> tuple[int, int]:
         """The least and the greatest integer."""
         return ENDS[self.kind.bits]
 
+    @property
+    def width(self) -> int:
+        """How many steps the grid has."""
+        return self.ends[1] - self.ends[0]
+
     def step(self) -> Tensor:
         """Return the step, a scalar or (C,), as the record will hold it."""
-        factor = slowed(self.factor, max(1, self.unit.numel()), self.ends[1])
+        factor = slowed(self.factor, self.served, self.ends[1])
         step = self.unit * factor.clamp(min=LEAST_FACTOR)
         return replaced(step, shortened(step.detach())) if self.kind.short else step
 
@@ -100,14 +109,16 @@ class LearnedGrid(nn.Module):
         if self.moved is None:
             return None
         assert self.origin is not None
-        return self.origin + self.unit * self.moved
+        return self.origin + self.unit * self.width * self.moved
 
     def zero_point(self) -> Tensor:
         """Return the zero point, a whole number."""
-        return replaced(self.zero, self.zero.detach().round().clamp(*self.ends))
+        zero = self.zero + self.width * self.turned
+        return replaced(zero, zero.detach().round().clamp(*self.ends))
 
     def forward(self, x: Tensor, *, counts: bool) -> Tensor:
-        """Quantize (N, C, ...); see `lsq`."""
+        """Quantize (N, C, ...); see `calib.lsq.lsq`."""
+        self.served = max(1, x[0].numel() // self.unit.numel())
         step, shift = self.step(), self.shift()
         if step.ndim:
             step = along_channels(step, x.ndim)
@@ -203,14 +214,12 @@ class StartingLayer:
         scales: float32 (out,).
         bias: float (out,), in the network's units.
         grid: What the weights may be.
-        latent: What `weight` was rounded from, in steps, where that is known.
     """
 
     weight: Tensor
     scales: Tensor
     bias: Tensor
     grid: WeightGrid
-    latent: Tensor | None = None
 
 
 class LearnedLayer(nn.Module):
@@ -244,8 +253,7 @@ class LearnedLayer(nn.Module):
         self.sites = (reads, writes)
         self.register_buffer("unit", start.scales.clone())
         self.register_buffer("origin", start.bias.clone())
-        latent = start.weight.float() if start.latent is None else start.latent
-        self.weight = nn.Parameter(latent.clone())
+        self.weight = nn.Parameter(start.weight.float())
         """In steps of the calibration's scales."""
         self.factor = nn.Parameter(torch.ones_like(start.scales))
         """A row's scale over the calibration's."""
@@ -277,12 +285,27 @@ class LearnedLayer(nn.Module):
     def _rounded(self, scales: Tensor, *, counts: bool) -> Tensor:
         """Return the weight on its grid: in steps, or in the calibration's steps."""
         return lsq(
-            self.weight,
+            self._followed(),
             self.relative(scales),
             (-self.grid.limit, self.grid.limit),
             counts=counts,
             rounder=within_pairs if self.grid.pairs else torch.round,
         )
+
+    def _followed(self) -> Tensor:
+        """Return the weight, its columns in the steps that its site counts in now.
+
+        Where a site counts in steps, they and its shift are part of this layer: a column has the
+        site's step in it, and the bias what the shift adds. Both follow when they are learnt, so
+        the function stays, and the gradients are LSQ's and LSQ+'s: those of step * q + shift.
+        """
+        reads = self.sites[0]
+        if reads is None or not reads.counts:
+            return self.weight
+        return self.weight * self._along_columns(reads.grid.step() / reads.grid.unit)
+
+    def _along_columns(self, values: Tensor) -> Tensor:
+        return values.reshape(1, -1, *[1] * (self.weight.ndim - 2))
 
     def relative(self, scales: Tensor) -> Tensor:
         """Return what a step is in the calibration's steps, (out, 1, ...)."""
@@ -305,7 +328,12 @@ class LearnedLayer(nn.Module):
     def exact_bias(self) -> Tensor:
         """Return the bias before it is rounded, (out,)."""
         step = BIAS_STEPS * self.unit * self.input_scale().detach()
-        return self.origin + self.bias * step
+        bias = self.origin + self.bias * step
+        reads = self.sites[0]
+        if reads is None or not reads.counts or reads.grid.moved is None:
+            return bias
+        moved = self._along_columns(reads.grid.width * reads.grid.moved)
+        return bias + self.unit * (self.weight * moved).flatten(1).sum(dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to what its site gives: (N, in, ...) to (N, out, ...)."""

@@ -39,10 +39,8 @@ class _Quantize(torch.autograd.Function):
         u = (x / step) if shift is None else (x - shift).div_(step)
         offset = 0.0 if zero is None else float(zero)
         low, high = ends[0] - offset, ends[1] - offset
-        whole = rounder(u)
-        y = whole.clamp(low, high)
-        # What gives way to headroom is inside: it passes gradients on as rounding does.
-        outside = y != whole if rounder is torch.round else (u < low - 0.5) | (u > high + 0.5)
+        y = rounder(u).clamp_(low, high)
+        outside = (u < low) | (u > high)
         # What the step's gradient is made of: u where it counts, else y, less u where it is inside.
         kept = u if counts else torch.where(outside, y, y - u)
         ctx.save_for_backward(kept, outside, step)

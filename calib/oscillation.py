@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pipeline.arithmetic import BITS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -44,14 +46,15 @@ class Oscillation(nn.Module):
         self.histories = [_History(layer) for layer in self.layers.values()]
         self.saved = nn.ModuleList(self.histories)
 
-    def observe(self, frozen_from: float | None = None) -> None:
+    def observe(self, frozen_from: float | None = None, bits: int = BITS) -> None:
         """Take note of the integers after an update.
 
         Args:
             frozen_from: Weights that oscillate more often than this are frozen; None freezes none.
+            bits: Only in layers whose weights have no more.
         """
         for history, layer in zip(self.histories, self.layers.values(), strict=True):
-            history.observe(layer, frozen_from)
+            history.observe(layer, frozen_from if layer.grid.bits <= bits else None)
 
     def share(self) -> float:
         """Return the share of weights that oscillate."""
@@ -101,15 +104,15 @@ class _History(nn.Module):
 
 
 def dampening(layers: Mapping[str, LearnedLayer]) -> Tensor:
-    """Return the mean square distance of weights from the middle of their cell, in steps."""
-    total, count = torch.zeros(()), 0
+    """Return the sum of weights' square distances from the middle of their cell, in steps."""
+    total = torch.zeros(())
     for layer in layers.values():
         scales = layer.scales().detach()
         steps = layer.weight / layer.relative(scales)
         clipped = steps.clamp(-layer.grid.limit, layer.grid.limit)
         away = (layer.integers(scales).detach() - clipped).square().sum()
-        total, count = total.to(away) + away, count + steps.numel()
-    return total / max(1, count)
+        total = total.to(away) + away
+    return total
 
 
 def frozen_from(progress: float) -> float:

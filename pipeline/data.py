@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from calib.images import DIGITS, digest, select
+from calib.images import DIGITS, digest, select, select_labelled
 from pipeline.errors import DataError, UsageError
 from pipeline.recipe import NONE
 from pipeline.records import Selection
@@ -89,7 +89,7 @@ def choose(recipe: Recipe, model: Checkpoint, progress: Progress) -> Data:
     exam = select(evaluation, model) if evaluation else None
     held_out = exam.hashes() if exam else []
     lessons = _training(recipe, where)
-    learnt_from = select(lessons) if lessons else None
+    learnt_from = _learnt_from(recipe, lessons, model) if lessons else None
     learnt = learnt_from.hashes() if learnt_from else []
     progress(2, 2)
     # Empty files are damaged ones, and left out later.
@@ -108,6 +108,11 @@ def choose(recipe: Recipe, model: Checkpoint, progress: Progress) -> Data:
         why_not=NOT_ASKED if recipe.eval == NONE else NO_LABELS,
         training=_chosen(lessons, learnt_from, learnt) if lessons and learnt_from else None,
     )
+
+
+def _learnt_from(recipe: Recipe, lessons: Selection, model: Checkpoint) -> ImageSet:
+    assert recipe.finetune is not None
+    return select_labelled(lessons, model, needed=recipe.finetune.label_weight > 0)
 
 
 def _training(recipe: Recipe, data: str) -> Selection | None:

@@ -127,7 +127,8 @@ def group(call: int | None, *, training: bool = False) -> Iterator[Group]:
     # Every stage has its own keys: a process takes part in many groups, one after the other.
     store = PrefixStore(f"stage/{call}", _rendezvous())
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if training and cuda.is_available() else "gloo",
+        # Two processes on one GPU are none of NCCL's.
+        "cpu:gloo,cuda:nccl" if training and ranks_here() <= cuda.device_count() else "gloo",
         store=store,
         rank=rank(),
         world_size=world_size(),

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter
 
+from pipeline.errors import MissingRuntimeError
 from pipeline.exports import MODEL_FILES
 from pipeline.recorder import METRICS
 from pipeline.records import CurvePoint, Training
-from pipeline.store import Stage, sha256_file
+from pipeline.store import Stage, library_versions, sha256_file
+from pipeline.student import STRICTEST
 from pipeline.training_loop import CHECKPOINT
 
 if TYPE_CHECKING:
@@ -25,15 +27,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipeline.data import Chosen
-    from pipeline.records import Accuracy, Checkpoint, Finetuning, Preprocessing, Profile
+    from pipeline.records import Accuracy, Checkpoint, Finetuning, Preprocessing
     from pipeline.stages import Done, Stages
 
 TRAINING = "training"
 """The place of unfinished trainings in a run folder."""
-PATIENCE_SECONDS = 60.0
-"""That a training has to save what it has learnt when it is stopped."""
-LIBRARIES = {"own": ("torch", "numpy", "pillow"), "nncf": ("torch", "numpy", "pillow", "nncf")}
-ENGINES = {"own": "pipeline.student", "nncf": "pipeline.nncf_student"}
+PATIENCE_SECONDS = 600.0
+"""That a training has to save what it has learnt when it is stopped: an update of a large network
+takes minutes. A second Ctrl-C does not wait."""
+LIBRARIES = ("torch", "numpy", "pillow")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +49,6 @@ class Course:
         checkpoint: Its order of classes is what labels count in.
         preprocessing: Of the images.
         how: All that can be set.
-        profile: Whose integers are judged before and after.
     """
 
     base: Path
@@ -56,7 +57,27 @@ class Course:
     checkpoint: Checkpoint
     preprocessing: Preprocessing
     how: Finetuning
-    profile: Profile
+
+
+def needs(how: Finetuning) -> dict[str, str]:
+    """Return what a training needs beyond this project's own: extra to distribution."""
+    wanted = {"nncf": "nncf"} if how.engine == "nncf" else {}
+    return wanted | ({"train": "kornia"} if how.augmentation.randaugment else {})
+
+
+def require_trainable(how: Finetuning) -> None:
+    """Check that what a training needs is installed.
+
+    Raises:
+        MissingRuntimeError: It is not; the message names the extra.
+    """
+    for extra, distribution in needs(how).items():
+        if library_versions([distribution])[distribution] is None:
+            raise MissingRuntimeError(
+                f"{distribution} is not installed, and this training needs it",
+                allowed=f"an environment with the extra [{extra}]",
+                do=f"Run: pip install 'convnext-edge[{extra}]'",
+            )
 
 
 class Finetuner:
@@ -105,6 +126,7 @@ class Finetuner:
             images_per_second=found["images_per_second"],
             device=found["device"],
             processes=found["processes"],
+            skipped=tuple(found["skipped"]),
             before=before,
             after=self._judged("after-training", done.folder),
             curve=TypeAdapter(tuple[CurvePoint, ...]).validate_python([*map(json.loads, lines)]),
@@ -117,7 +139,7 @@ class Finetuner:
         how = asdict(course.how)
         stage = Stage(
             name="finetune",
-            modules=("pipeline.training", ENGINES[course.how.engine]),
+            modules=("pipeline.training",),
             inputs={**parents, "images": course.images.source.sha256},
             settings={
                 "preprocessing": asdict(course.preprocessing),
@@ -125,7 +147,7 @@ class Finetuner:
                 "how": {name: value for name, value in how.items() if name != "save_minutes"},
                 "labels": course.checkpoint.labels,
             },
-            libraries=LIBRARIES[course.how.engine],
+            libraries=(*LIBRARIES, *needs(course.how).values()),
         )
         keep = self.stages.out / TRAINING / stage.key()[:16]
         if self.restart:
@@ -150,7 +172,9 @@ class Finetuner:
                 keep=str(keep),
                 workers=course.workers,
             )
-        (keep / CHECKPOINT).unlink(missing_ok=True)
+        # What a process that was killed had begun to write goes as well.
+        for file in keep.glob(f"*{CHECKPOINT}"):
+            file.unlink()
         return done
 
     def _judged(self, name: str, model: Path) -> Accuracy | None:
@@ -161,12 +185,13 @@ class Finetuner:
                 name=name,
                 modules=("pipeline.assign",),
                 inputs={file: sha256_file(model / file) for file in MODEL_FILES},
-                settings={"profile": self.course.profile},
+                settings={"profile": STRICTEST},
                 libraries=("torch", "numpy"),
             ),
             "pipeline.assign:candidate_stage",
             model=str(model),
             float_layers=[],
-            profile=self.course.profile,
+            # Training begins with these.
+            profile=STRICTEST,
         )
         return self.judge(name, done.folder / done.value["path"], done.value["sha256"])

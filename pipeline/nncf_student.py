@@ -31,7 +31,7 @@ from torch.nn import functional
 from calib.grid import along_channels
 from calib.learned import BIAS_STEPS
 from calib.lsq import replaced
-from pipeline.arithmetic import BIAS_LIMIT, along_rows, quantize_bias, round_weights
+from pipeline.arithmetic import BIAS_LIMIT, BITS, along_rows, quantize_bias, round_weights
 from pipeline.errors import UsageError
 from pipeline.nncf_quantizers import (
     attach,
@@ -44,6 +44,7 @@ from pipeline.nncf_quantizers import (
     quantizer_at,
 )
 from pipeline.quantize import layer_grid
+from pipeline.recipe import NNCF_SCHEMES
 from pipeline.records import ACTIVATION_BITS, PROFILES, Profile, QuantizedModel
 from pipeline.student import STRICTEST, drop_paths, float_network
 from pipeline.trace import Freedom, structure, trace
@@ -61,7 +62,6 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, NDArray[Any]]
     Exact = NDArray[np.float64]
 
-SCHEMES = ("w8a8", "w4a8", "w8")
 FREE: Profile = "full"
 """It allows all that NNCF's quantizers give."""
 
@@ -86,7 +86,7 @@ class NncfStudent(nn.Module):
         self, record: QuantizedModel, arrays: Arrays, dtype: torch.dtype = torch.float32
     ) -> None:
         super().__init__()
-        if record.scheme not in SCHEMES:
+        if record.scheme not in NNCF_SCHEMES:
             raise UsageError(
                 f"engine nncf cannot train scheme {record.scheme}",
                 allowed="w8a8, w4a8 or w8",
@@ -178,6 +178,11 @@ class NncfStudent(nn.Module):
         return torch.tensor(values, dtype=self.dtype)
 
     # --- for the training loop ---------------------------------------------------------------
+
+    @property
+    def bits(self) -> int:
+        """Eight, whatever the weights have: NNCF's ranges need all of float32."""
+        return BITS
 
     def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the weights, which may decay, and the biases, which do not."""

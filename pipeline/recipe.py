@@ -41,6 +41,8 @@ _Settings = TypeVar("_Settings", bound="_Strict")
 
 RUNTIMES = ("onnx", "openvino", "tflite", "coreml")
 NONE = "none"
+NNCF_SCHEMES: tuple[Scheme, ...] = ("w8a8", "w4a8", "w8")
+"""What NNCF's quantizers can express of ours."""
 EMPTY: Mapping[str, Any] = {}
 
 
@@ -172,6 +174,15 @@ class Recipe(_Strict):
                 " whose grids are this project's"
             )
             raise ValueError(msg)
+        if self.finetune is not None and self.finetune.engine == "nncf":
+            if self.scheme not in NNCF_SCHEMES:
+                msg = (
+                    f"engine nncf cannot train scheme {self.scheme}: take {', '.join(NNCF_SCHEMES)}"
+                )
+                raise ValueError(msg)
+            if self.finetune.oscillation in {"dampen", "freeze"}:
+                msg = f"oscillation {self.finetune.oscillation} does not go with engine nncf"
+                raise ValueError(msg)
         if self.scheme == "float" and (self.max_drop is not None or self.float_layers):
             msg = "max_drop and float_layers go with a scheme that has integers, not with float"
             raise ValueError(msg)

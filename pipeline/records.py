@@ -321,7 +321,8 @@ class Finetuning:
             calibration chose.
         warm_up: Share of all updates over which the rates rise; then they fall on a cosine.
         decay: Weight decay, of weights alone.
-        clip: Largest norm of a gradient; what is longer is shortened.
+        clip: Largest norm of a gradient, over the running mean of norms; a longer one is
+            shortened.
         average: Of the weights' exponential mean, which is what is exported: a mean over about
             1 / (1 - average) updates. 0 exports the last ones.
         drop_path: Share of images that skip the last block; less for those before it.
@@ -345,7 +346,7 @@ class Finetuning:
     scale_rate: PositiveFloat = 1e-4
     warm_up: Fraction = 0.05
     decay: NonNegative = 0.0
-    clip: PositiveFloat = 1.0
+    clip: PositiveFloat = 3.0
     average: Annotated[float, Field(ge=0, lt=1)] = 0.99
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     logit_weight: NonNegative = 1.0
@@ -635,6 +636,7 @@ class Training:
         images_per_second: Of the process that finished it.
         device: Where it was trained.
         processes: How many shared every batch.
+        skipped: Names of images that could not be decoded; others took their place.
         before: The reference's accuracy with the integers that training began with.
         after: The same with those that it left.
         curve: In the order of updates.
@@ -650,6 +652,7 @@ class Training:
     images_per_second: float | None = None
     device: str
     processes: int = 1
+    skipped: tuple[str, ...] = ()
     before: Accuracy | None = None
     after: Accuracy | None = None
     curve: tuple[CurvePoint, ...] = ()

@@ -23,7 +23,7 @@ from pipeline.dialect import dialect_modules
 from pipeline.distributed import ranks_here
 from pipeline.errors import ArtifactError, UsageError
 from pipeline.exports import ARTIFACTS, MODEL_FILES, Exports
-from pipeline.finetune import Course, Finetuner
+from pipeline.finetune import Course, Finetuner, require_trainable
 from pipeline.locate import locate
 from pipeline.measure import Timing, Verification, time_saved
 from pipeline.placements import check_layers
@@ -212,6 +212,8 @@ class _Run:
         self.out = out
         self.display = display
         self.exports = Exports(recipe)
+        if recipe.finetune is not None:
+            require_trainable(recipe.finetune)
         self.device = base.device(recipe.device)
         self.located = locate(recipe.checkpoint or EMBEDDED)
         self.sidecar = read_sidecar(self.located)
@@ -406,9 +408,10 @@ class _Run:
             checkpoint=model,
             preprocessing=self.preprocessing,
             how=how,
-            profile=self.exports.profile(),
         )
-        return Finetuner(self.stages, course, judge=judge, restart=steps.restart).run()
+        folder, training = Finetuner(self.stages, course, judge=judge, restart=steps.restart).run()
+        self.display.skipped(images.without(training.skipped).source)
+        return folder, training
 
     def _timing(self, model: Checkpoint, *, asked: bool, kept: bool = True) -> Timing:
         size = self.preprocessing.input_size

@@ -76,10 +76,11 @@ class Student(nn.Module):
         behind = sites_behind_sites(graph, modules)
         self.sites: dict[str, LearnedSite] = {}
         self.layers: dict[str, LearnedLayer] = {}
+        self.integer = self._integer_layers()
         if record.scheme in ACTIVATION_BITS:
             for name in record.sites:
                 self._add_site(name, behind.get(name))
-        for name in self._integer_layers():
+        for name in self.integer:
             self._add_layer(name, cast("nn.Conv2d | nn.Linear", modules[name]))
 
     def forward(self, image: Tensor) -> Tensor:
@@ -104,8 +105,7 @@ class Student(nn.Module):
             shift,
             GridKind(
                 bits=parameters.bits,
-                short=place.freedom in {Freedom.NORM, Freedom.ROWS}
-                or place.writer in self._integer_layers(),
+                short=place.freedom in {Freedom.NORM, Freedom.ROWS} or place.writer in self.integer,
                 has_zero=shift is None and parameters.bits <= BITS,
             ),
         )
@@ -154,6 +154,11 @@ class Student(nn.Module):
         self.network.set_submodule(name, layer)
 
     # --- for the training loop -----------------------------------------------------------------
+
+    @property
+    def bits(self) -> int:
+        """Of the weights that have least."""
+        return min(layer.grid.bits for layer in self.layers.values())
 
     def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the weights, which may decay, and scales, offsets and biases, which do not."""

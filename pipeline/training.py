@@ -23,10 +23,10 @@ import torch
 from pydantic import TypeAdapter
 
 from calib.augment import batches_per_epoch, training_batches
-from calib.images import select
+from calib.images import select_labelled
 from pipeline import quantize
 from pipeline.distributed import group
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import UsageError
 from pipeline.recorder import METRICS
 from pipeline.records import (
     Checkpoint,
@@ -81,9 +81,8 @@ def training_stage(
         progress: Called per update.
 
     Returns:
-        What the report says of it: `updates`, `images`, `seconds`, `images_per_second` and
-        `device`, these of the last process that trained; `resumed_at`: updates behind it then;
-        `skipped`.
+        What the report says of it: `updates`; `seconds`, `images_per_second`, `device` and
+        `processes` of those that finished it; `resumed_at`: updates behind it then; `skipped`.
 
     Raises:
         TrainingError: As of `Loop.train`.
@@ -93,23 +92,29 @@ def training_stage(
     prepared = TypeAdapter(Preprocessing).validate_python(images["preprocessing"])
     record, arrays = quantize.read(Path(model))
     with group(call, training=True) as ranks:
-        found = labelled(
-            TypeAdapter(Selection).validate_python(images["selection"]),
-            TypeAdapter(Checkpoint).validate_python(images["checkpoint"]),
-            needed=settings.label_weight > 0,
-        )
         skipped: set[str] = set()
-        device = device_of(ranks)
-        learner = engine(settings.engine, record, arrays)
-        loop = Loop(
-            learner,
-            float_network(record, arrays).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
-            settings,
-            _feed(found, prepared, settings, ranks, workers, skipped),
-            keep=Path(keep),
-            ranks=ranks,
-            device=device,
-        )
+        made: list[tuple[Learner, Loop, ImageSet]] = []
+
+        def prepare() -> None:
+            found = select_labelled(
+                TypeAdapter(Selection).validate_python(images["selection"]),
+                TypeAdapter(Checkpoint).validate_python(images["checkpoint"]),
+                needed=settings.label_weight > 0,
+            )
+            learner = engine(settings.engine, record, arrays)
+            loop = Loop(
+                learner,
+                float_network(record, arrays).to(memory_format=torch.channels_last),  # type: ignore[call-overload]
+                settings,
+                _feed(found, prepared, settings, ranks, workers, skipped),
+                keep=Path(keep),
+                ranks=ranks,
+                device=device_of(ranks),
+            )
+            made.append((learner, loop, found))
+
+        ranks.gather(prepare)
+        ((learner, loop, found),) = made
         began = time.monotonic()
         with stopped_by_signals(loop):
             loop.train(progress)
@@ -117,32 +122,17 @@ def training_stage(
         names = sorted({name for part in ranks.gather(lambda: sorted(skipped)) for name in part})
     if ranks.leads:
         _write(Path(folder), learner, settings, parents, loop.lines)
-    done = (loop.step - loop.resumed_at) * settings.batch
+    size = min(settings.batch, len(found.entries))
+    done = (loop.step - loop.resumed_at) * size
     return {
         "updates": loop.step,
         "resumed_at": loop.resumed_at,
-        "images": loop.step * settings.batch,
         "seconds": round(seconds, 1),
         "images_per_second": round(done / seconds, 1) if done else None,
-        "device": _device_name(device),
+        "device": _device_name(loop.device),
         "processes": ranks.size,
         "skipped": names,
     }
-
-
-def labelled(selection: Selection, model: Checkpoint, *, needed: bool) -> ImageSet:
-    """Return the images of a selection, with labels where they are those of the model's classes.
-
-    Raises:
-        DataError: They are not, and are needed.
-    """
-    try:
-        return select(selection, model)
-    except DataError:
-        if needed:
-            raise
-    images = select(selection)
-    return replace(images, entries=tuple(replace(e, label=None) for e in images.entries))
 
 
 def engine(name: str, record: QuantizedModel, arrays: Mapping[str, NDArray[Any]]) -> Learner:

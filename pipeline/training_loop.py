@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from calib.oscillation import Oscillation, dampening, frozen_from
-from pipeline.errors import TrainingError
+from pipeline.arithmetic import BITS, FEW_BITS
+from pipeline.convnext import Block
+from pipeline.errors import EdgeError, TrainingError
 from pipeline.recorder import Recorder
 from pipeline.store import writing
 
@@ -35,13 +37,19 @@ if TYPE_CHECKING:
     from pipeline.records import Finetuning
     from pipeline.worker import Progress
 
-    Batches = Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]
+    Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
+    Batches = Iterator[Batch]
 
 CHECKPOINT = "checkpoint.pt"
 POINTS = 200
 """Lines of metrics that a training writes, about."""
-DAMPENING = 1e-2
-"""Weight of the dampening penalty at the end; it rises from 0 on a cosine (the paper's)."""
+DAMPENING = 1e-7
+"""Weight of the dampening penalty at the end; it rises from 0 on a cosine, as in the paper. A
+weight far from its cell's middle then feels it as much as it feels the loss."""
+EPSILON = 1e-16
+"""Adam's: gradients of a relative error, per step of a weight, are 1e-6 to 1e-10."""
+NORM_MEMORY = 0.02
+"""Share of an update's gradient in the running mean of norms."""
 SMALLEST = 1e-20
 """Of a relative square error: what is less is float noise."""
 LEAST_SHARE = 0.01
@@ -54,6 +62,10 @@ class Trainee(Protocol):
     @property
     def layers(self) -> Mapping[str, LearnedLayer]:
         """Those whose weights are watched for oscillation."""
+
+    @property
+    def bits(self) -> int:
+        """Of the weights that have least."""
 
     def groups(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
         """Return the weights, which decay, and all else that is learnt."""
@@ -112,7 +124,8 @@ class Loop:
             [
                 {"params": weights, "lr": how.rate, "weight_decay": how.decay},
                 {"params": others, "lr": how.scale_rate, "weight_decay": 0.0},
-            ]
+            ],
+            eps=EPSILON,
         )
         self.rates = (how.rate, how.scale_rate)
         self.learnt: list[Tensor] = [*weights, *others]
@@ -127,6 +140,8 @@ class Loop:
         self.step = self.resumed_at = 0
         """Updates that are behind, and those that were when this process began."""
         self.power = 0.0
+        self.norm = 0.0
+        """Running mean of gradients' norms."""
         self.block_powers: list[float] = []
         self.lines: list[dict[str, Any]] = []
         self.stopping = False
@@ -137,6 +152,7 @@ class Loop:
         """Train to the end, from the checkpoint where there is one.
 
         Raises:
+            EdgeError: An image is one that no other may take the place of.
             TrainingError: The loss is not finite; or `stop` was called, and what was learnt is
                 kept.
         """
@@ -154,16 +170,39 @@ class Loop:
         progress(self.step, self.total)
         while self.step < self.total:
             epoch, start = divmod(self.step, self.feed.per_epoch)
-            for pixels, labels in self.feed.batches(epoch, start):
+            batches = self.feed.batches(epoch, start)
+            while (batch := self._next(batches)) is not None:
+                pixels, labels = batch
                 line = self.update(torch.from_numpy(pixels), torch.from_numpy(labels))
                 rate = (self.step - self.resumed_at) * self.how.batch / (time.monotonic() - began)
-                stopping = line.pop("stopping")
+                agreed = line.pop("stopping")
                 self._note(line | {"images_per_second": round(rate, 1)}, recorder, progress)
-                if stopping:
+                # Several processes agree on it; one need not wait for its next update.
+                if agreed or (self.stopping and self.ranks.size == 1):
                     raise self._stopped()
                 if time.monotonic() - saved >= 60 * self.how.save_minutes:
                     self.save()
                     saved = time.monotonic()
+
+    def _next(self, batches: Batches) -> Batch | None:
+        """Return the next batch; what one process cannot read is an error on all of them.
+
+        Raises:
+            EdgeError: As the first process that could not read raised it.
+        """
+        found, failure = None, None
+        try:
+            found = next(batches, None)
+        except EdgeError as error:
+            failure = error
+
+        def own() -> None:
+            if failure is not None:
+                raise failure
+
+        if float(self._mean_over_ranks(torch.tensor(float(failure is not None)))):
+            self.ranks.gather(own)
+        return found
 
     def stop(self) -> None:
         """Ask `train` to save and to end after the update that it is at."""
@@ -172,6 +211,8 @@ class Loop:
     def _note(self, line: dict[str, Any], recorder: Recorder | None, progress: Progress) -> None:
         every = max(1, self.total // POINTS)
         if self.step % every == 0 or self.step == self.total:
+            if self.trainee.layers:
+                line |= {"oscillating": self.watch.share(), "frozen": self.watch.frozen_share()}
             self.lines.append({"step": self.step, **line})
             if recorder is not None:
                 recorder.add(self.lines[-1])
@@ -199,32 +240,48 @@ class Loop:
         for group, rate in zip(self.optimiser.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         # A seed of its own for every update: what is drawn does not depend on what came before.
-        self.paths.manual_seed(self.how.seed * 1_000_003 + self.step)
+        self.paths.manual_seed((self.how.seed * 1_000_003 + self.step) % 2**63)
         image = image.to(self.device, memory_format=torch.channels_last)
         found = self.losses(image, labels.to(self.device))
         line = self._agreed(found)
         if not math.isfinite(line["loss"]):
-            raise self._diverged(line["loss"])
+            raise self._diverged("loss", line["loss"])
         self.optimiser.zero_grad(set_to_none=True)
         found["loss"].backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.learnt, self.how.clip)
+        self._clip()
         self.optimiser.step()
         self.step += 1
-        freezes = self.how.oscillation in {"auto", "freeze"} and self._few_bits()
-        self.watch.observe(frozen_from(self.step / self.total) if freezes else None)
+        self._watch()
         self._average()
-        line |= {"rate": self.rates[0] * factor, "epoch": self.step / self.feed.per_epoch}
-        if self.trainee.layers:
-            line |= {"oscillating": self.watch.share(), "frozen": self.watch.frozen_share()}
-        return line
+        return line | {"rate": self.rates[0] * factor, "epoch": self.step / self.feed.per_epoch}
+
+    def _clip(self) -> None:
+        """Shorten a gradient that is much longer than those before it.
+
+        Raises:
+            TrainingError: It is not finite.
+        """
+        longest = self.how.clip * self.norm if self.norm else math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.learnt, longest))
+        if not math.isfinite(norm):
+            raise self._diverged("gradient", norm)
+        share = NORM_MEMORY if self.norm else 1.0
+        self.norm += share * (min(norm, longest) - self.norm)
+
+    def _watch(self) -> None:
+        freezes = {"auto": FEW_BITS, "freeze": BITS}.get(self.how.oscillation)
+        threshold = None if freezes is None else frozen_from(self.step / self.total)
+        self.watch.observe(threshold, freezes or BITS)
 
     def losses(self, image: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the loss of a batch, and its parts.
 
         All are means over the batch, so that of equal parts of a batch the mean is the whole's.
         """
-        how, cuda = self.how, self.device.type == "cuda"
-        half = torch.autocast("cuda", dtype=torch.bfloat16) if cuda else nullcontext()
+        how = self.how
+        # Its eight bits are too few beside 8-bit integers.
+        coarse = self.device.type == "cuda" and self.trainee.bits == FEW_BITS
+        half = torch.autocast("cuda", dtype=torch.bfloat16) if coarse else nullcontext()
         with torch.no_grad():
             wanted = self.teacher(image)
             taught = self.blocks.taken(of_teacher=True) if self.blocks else []
@@ -281,10 +338,6 @@ class Loop:
         done = (self.step - warm) / max(1, self.total - warm)
         return LEAST_SHARE + (1 - LEAST_SHARE) * (1 + math.cos(math.pi * done)) / 2
 
-    def _few_bits(self) -> bool:
-        bits = {layer.grid.bits for layer in self.trainee.layers.values()}
-        return self.how.oscillation == "freeze" or min(bits, default=8) < 8  # noqa: PLR2004
-
     # --- the mean ----------------------------------------------------------------------------
 
     def _average(self) -> None:
@@ -307,6 +360,7 @@ class Loop:
             "step": self.step,
             "power": self.power,
             "block_powers": self.block_powers,
+            "norm": self.norm,
             "network": self.network.state_dict(),
             "mean": self.mean,
             "optimiser": self.optimiser.state_dict(),
@@ -321,7 +375,7 @@ class Loop:
         if not path.exists():
             return
         try:
-            state = torch.load(path, map_location=self.device, weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
             self.network.load_state_dict(state["network"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.watch.load_state_dict(state["watch"])
@@ -331,9 +385,9 @@ class Loop:
                 allowed="what this command wrote",
                 do="Give --restart to begin again",
             ) from error
-        torch._foreach_copy_(self.mean, state["mean"])
+        torch._foreach_copy_(self.mean, [mean.to(self.device) for mean in state["mean"]])
         self.step = self.resumed_at = state["step"]
-        self.power = state["power"]
+        self.power, self.norm = state["power"], state["norm"]
         self.block_powers, self.lines = state["block_powers"], json.loads(state["lines"])
 
     def _stopped(self) -> TrainingError:
@@ -345,12 +399,12 @@ class Loop:
             do="Run the same command again to go on",
         )
 
-    def _diverged(self, loss: float) -> TrainingError:
+    def _diverged(self, what: str, value: float) -> TrainingError:
         path = self.keep / CHECKPOINT
         kept = f"the last good checkpoint is {path}" if path.exists() else "no checkpoint yet"
         return TrainingError(
-            f"the loss of update {self.step + 1} of {self.total} is {loss}; {kept}",
-            allowed="a finite loss",
+            f"the {what} of update {self.step + 1} of {self.total} is {value}; {kept}",
+            allowed=f"a finite {what}",
             do="Give a smaller --rate, or look at the data",
         )
 
@@ -362,7 +416,7 @@ class _Outputs:
         self.held: dict[bool, list[Tensor]] = {True: [], False: []}
         for network, of_teacher in ((student, False), (teacher, True)):
             for module in network.modules():
-                if type(module).__name__ == "Block":
+                if isinstance(module, Block):
                     module.register_forward_hook(self._hook(of_teacher=of_teacher))
 
     def _hook(self, *, of_teacher: bool) -> Callable[[nn.Module, object, Tensor], None]:

@@ -56,9 +56,9 @@ def test_what_the_calibration_made_tie_free_stays_as_it_is() -> None:
     assert moved.numpy() == pytest.approx(exact, rel=2e-7)
 
 
-def site(*, per_channel: bool, short: bool = True) -> LearnedSite:
+def site(step: float = 0.1, *, per_channel: bool, short: bool = True) -> LearnedSite:
     grid = LearnedGrid(
-        Quantization(scale=0.1, zero_point=-5),
+        Quantization(scale=step, zero_point=-5),
         torch.tensor([1.0, 2.0, 3.0]) if per_channel else None,
         torch.tensor([0.5, 0.0, -0.5]) if per_channel else None,
         GridKind(bits=8, short=short, has_zero=not per_channel),
@@ -78,10 +78,49 @@ def test_learned_steps_keep_twelve_bits() -> None:
 
 def test_a_learned_zero_point_is_whole_and_in_range() -> None:
     grid = site(per_channel=False).grid
-    for latent, wanted in ((3.4, 3), (-200.0, -128), (180.0, 127)):
+    assert float(grid.zero_point().detach()) == -5
+    for turned, wanted in ((8.4 / 255, 3), (-1.0, -128), (1.0, 127)):
         with torch.no_grad():
-            grid.zero.fill_(latent)
+            grid.turned.fill_(turned)
             assert float(grid.zero_point()) == wanted
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_a_layer_norm_s_site_learns_as_lsq_says(kind: str) -> None:
+    """Its step and shift are its reader's too: together the gradients are those of t q + z."""
+    made = site(0.125, per_channel=True)  # it has twelve bits
+    module = nn.Linear(3, 2) if kind == "linear" else nn.Conv2d(3, 2, 1)
+    weight = torch.tensor([[3, -2, 5], [-7, 4, 1]], dtype=torch.int8)
+    weight = weight.reshape(module.weight.shape)
+    scales = torch.tensor([0.01, 0.02])
+    grid = weight_grid(tuple(weight.shape), "full", depthwise=False)
+    start = StartingLayer(weight=weight, scales=scales, bias=torch.zeros(2), grid=grid)
+    layer = LearnedLayer(module, start, made, None)
+    generator = torch.Generator().manual_seed(0)
+    # Some values of the first channel are clipped.
+    x = 12 * torch.randn(2, 3, 4, 4, generator=generator)
+    grad = torch.randn(2, 2, 4, 4, generator=generator)
+    torch.autograd.backward(layer(made(x)), grad)
+
+    t, z = made.grid.unit, made.grid.origin
+    assert z is not None
+    u = (x - z.reshape(3, 1, 1)) / t.reshape(3, 1, 1)
+    low, high = -128 + 5, 127 + 5
+    clipped = (u < low) | (u > high)
+    assert 0 < clipped.float().mean() < 0.5
+    q = u.round().clamp(low, high)
+    # In the network's units: what the columns were before the step went into them.
+    columns = (weight.reshape(2, 3) * scales[:, None] / t).T
+    read = torch.einsum("cr,nrhw->nchw", columns, grad)
+    of_step = (read * torch.where(clipped, q, q - u)).sum(dim=(0, 2, 3))
+    of_shift = (read * clipped).sum(dim=(0, 2, 3))
+    assert made.grid.factor.grad is not None
+    assert made.grid.moved is not None
+    assert made.grid.moved.grad is not None
+    # A step serves 16 values of each image.
+    wanted = t * of_step * (16 * 127) ** -0.5
+    torch.testing.assert_close(made.grid.factor.grad, wanted, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(made.grid.moved.grad, 255 * t * of_shift, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv", "depthwise"])

@@ -18,7 +18,8 @@ def learnable(*values: float) -> Tensor:
 
 def test_the_step_s_gradient_is_equation_3_of_the_paper() -> None:
     # Inside: round(u) - u. Below: -Q_N. Above: Q_P.
-    x = torch.tensor([0.26, 1.3, -0.9, 40.0, -40.0])
+    # 3.65 / 0.5 = 7.3 is above Q_P = 7, though it rounds to it: clipped.
+    x = torch.tensor([0.26, 1.3, -0.9, 3.65, -40.0])
     step = learnable(0.5)
     y = lsq(x, step, ENDS)
     assert y.tolist() == [0.5, 1.5, -1.0, 3.5, -4.0]
@@ -29,9 +30,8 @@ def test_the_step_s_gradient_is_equation_3_of_the_paper() -> None:
 
 
 def test_values_pass_gradients_on_inside_only() -> None:
-    x = learnable(0.26, 3.49, 3.9, -4.2, -4.3)
+    x = learnable(0.26, 3.49, 3.51, -3.99, -4.01)
     torch.autograd.backward(lsq(x, torch.tensor(0.5), ENDS).sum())
-    # 3.9 / 0.5 = 7.8 rounds to 8, which is clipped; -4.2 / 0.5 = -8.4 rounds to -8, which is not.
     assert x.grad is not None
     assert x.grad.tolist() == [1.0, 1.0, 0.0, 1.0, 0.0]
 

@@ -81,11 +81,11 @@ def test_its_state_is_saved(layer: LearnedLayer) -> None:
 def test_dampening_draws_to_the_middle_of_a_cell(layer: LearnedLayer) -> None:
     move(layer, 1.25, 2.0, 9.0)  # the last is clipped: nothing draws it
     penalty = dampening({"layer": layer})
-    assert float(penalty.detach()) == pytest.approx(0.25**2 / 3)
+    assert float(penalty.detach()) == pytest.approx(0.25**2)
     torch.autograd.backward(penalty)
     grad = layer.weight.grad
     assert grad is not None
-    assert grad[0].tolist() == pytest.approx([2 * 0.25 / 3, 0, 0])
+    assert grad[0].tolist() == pytest.approx([2 * 0.25, 0, 0])
 
 
 def test_the_threshold_falls_on_a_cosine() -> None:
