@@ -342,7 +342,7 @@ class Finetuning:
     epochs: PositiveInt = 2
     batch: PositiveInt = 64
     images: PositiveInt | None = None
-    rate: PositiveFloat = 1e-2
+    rate: PositiveFloat = 2e-2
     scale_rate: PositiveFloat = 1e-4
     warm_up: Fraction = 0.05
     decay: NonNegative = 0.0
