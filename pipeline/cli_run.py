@@ -206,6 +206,9 @@ def finetune(
     scale_rate: Annotated[
         float | None, typer.Option(help="Of scales, offsets and biases, relative.")
     ] = None,
+    warm_up: Annotated[float | None, typer.Option(help="Share of updates.")] = None,
+    decay: Annotated[float | None, typer.Option(help="Of weights alone.")] = None,
+    clip: Annotated[float | None, typer.Option(help="Longest gradient, over the mean.")] = None,
     average: Annotated[
         float | None, typer.Option(help="Of the exponential mean of weights; 0: none.")
     ] = None,
@@ -221,6 +224,7 @@ def finetune(
     flip: Annotated[float | None, typer.Option(help="Share of images mirrored.")] = None,
     colour: Annotated[float | None, typer.Option(help="Strength of colour jitter.")] = None,
     randaugment: Annotated[int | None, typer.Option(help="Operations per image.")] = None,
+    magnitude: Annotated[int | None, typer.Option(help="Of RandAugment, 1 to 29.")] = None,
     save_minutes: Annotated[float | None, typer.Option(help="Between checkpoints.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of images' order and augmentation.")] = None,
     bench: Annotated[bool | None, typer.Option("--bench/--no-bench")] = None,
@@ -244,6 +248,9 @@ def finetune(
             "images": images,
             "rate": rate,
             "scale_rate": scale_rate,
+            "warm_up": warm_up,
+            "decay": decay,
+            "clip": clip,
             "average": average,
             "drop_path": drop_path,
             "logit_weight": logit_weight,
@@ -258,6 +265,7 @@ def finetune(
                 "flip": flip,
                 "colour": colour,
                 "randaugment": randaugment,
+                "magnitude": magnitude,
             },
         },
     }

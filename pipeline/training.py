@@ -216,7 +216,9 @@ def _write(
 ) -> None:
     learner.network_of().cpu()
     record, arrays = learner.quantized()
-    trained = replace(record, trained=how, parents={**record.parents, **parents})
+    # How often it was saved is nothing of the model's.
+    stated = replace(how, save_minutes=Finetuning().save_minutes)
+    trained = replace(record, trained=stated, parents={**record.parents, **parents})
     quantize.write(folder, trained, arrays)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / METRICS).write_text(text)

@@ -145,3 +145,60 @@ def test_alone_the_work_is_done_and_its_error_raised() -> None:
 
     with pytest.raises(DataError):
         Group().gather(fails)
+
+
+TRAINING = (
+    'scheme = "w4a8"\nruntimes = ["onnx"]\ncalibration_images = 32\neval_images = 40\n'
+    "bench = false\n[finetune]\nepochs = 1\nimages = 64\nbatch = 16\nsave_minutes = 0\n"
+)
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    """The same images and gradients, summed in another order; rank 0 writes."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(TRAINING)
+    words = ["run", "--recipe", str(recipe), "--out"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    alone = [sys.executable, "-m", "pipeline.cli", *words, str(one)]
+    subprocess.run(alone, capture_output=True, cwd=ROOT, check=True)
+    shared = torchrun(*words, str(two))
+    assert shared.returncode == 0, shared.stderr[-2000:]
+    mine, theirs = (json.loads((run / "report.json").read_text())["training"] for run in (one, two))
+    assert (mine["processes"], theirs["processes"]) == (1, 2)
+    assert mine["before"] == theirs["before"]
+    for a, b in zip(mine["curve"], theirs["curve"], strict=True):
+        assert (a["step"], a["top1"], a["rate"]) == (b["step"], b["top1"], b["rate"])
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+    assert mine["after"]["sqnr_db"] == pytest.approx(theirs["after"]["sqnr_db"], abs=0.5)
+    assert not list(two.rglob("checkpoint.pt"))
+
+
+def test_an_image_that_one_rank_cannot_read_ends_the_training_of_all(tmp_path: Path) -> None:
+    recipe, script = tmp_path / "recipe.toml", tmp_path / "rank_1_fails.py"
+    recipe.write_text(TRAINING)
+    script.write_text(
+        "import os\n"
+        "from pipeline import training\n"
+        "from pipeline.cli import main\n"
+        "from pipeline.errors import DataError\n"
+        "def fails(*_, **__):\n"
+        "    raise DataError('rank 1 cannot read', allowed='it', do='Copy it')\n"
+        "    yield\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    training.training_batches = fails\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node=2", str(script), "run", "--recipe", str(recipe)]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert lines == ["error: rank 1 cannot read. Allowed: it. Copy it."]
