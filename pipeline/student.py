@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from calib.learned import GridKind, LearnedGrid, LearnedLayer, LearnedSite, StartingLayer
-from pipeline.arithmetic import BITS, bias_scales, quantize_bias
+from pipeline.arithmetic import BIAS_LIMIT, BITS, bias_scales, quantize_bias
 from pipeline.convnext import Block, ConvNeXt, Site, empty, layer_kind
 from pipeline.placements import PLACEMENTS
 from pipeline.quantize import FLOAT, layer_grid
@@ -208,7 +208,9 @@ class Student(nn.Module):
         weight = layer.integers(scales).numpy().astype(np.int8)
         bias = layer.exact_bias().numpy()
         if layer.sites[0] is not None:
-            bias = quantize_bias(bias, float(layer.input_scale()), scales.numpy())
+            step = float(layer.input_scale())
+            most = BIAS_LIMIT * bias_scales(step, scales.numpy()).astype(float)
+            bias = quantize_bias(np.clip(bias, -most, most), step, scales.numpy())
         for profile in PROFILES:
             arrays[f"{profile}/{name}.weight"] = weight
             arrays[f"{profile}/{name}.weight_scale"] = scales.numpy()

@@ -153,26 +153,6 @@ TRAINING = (
 )
 
 
-def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
-    """The same images and gradients, summed in another order; rank 0 writes."""
-    recipe = tmp_path / "recipe.toml"
-    recipe.write_text(TRAINING)
-    words = ["run", "--recipe", str(recipe), "--out"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    alone = [sys.executable, "-m", "pipeline.cli", *words, str(one)]
-    subprocess.run(alone, capture_output=True, cwd=ROOT, check=True)
-    shared = torchrun(*words, str(two))
-    assert shared.returncode == 0, shared.stderr[-2000:]
-    mine, theirs = (json.loads((run / "report.json").read_text())["training"] for run in (one, two))
-    assert (mine["processes"], theirs["processes"]) == (1, 2)
-    assert mine["before"] == theirs["before"]
-    for a, b in zip(mine["curve"], theirs["curve"], strict=True):
-        assert (a["step"], a["top1"], a["rate"]) == (b["step"], b["top1"], b["rate"])
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
-    assert mine["after"]["sqnr_db"] == pytest.approx(theirs["after"]["sqnr_db"], abs=0.5)
-    assert not list(two.rglob("checkpoint.pt"))
-
-
 def test_an_image_that_one_rank_cannot_read_ends_the_training_of_all(tmp_path: Path) -> None:
     recipe, script = tmp_path / "recipe.toml", tmp_path / "rank_1_fails.py"
     recipe.write_text(TRAINING)
