@@ -26,22 +26,23 @@ def pixels() -> NDArray[np.float32]:
     return fine.clamp(0, 255).numpy()
 
 
-@pytest.fixture(scope="session")
-def small_model(pixels: NDArray[np.float32]) -> tuple[QuantizedModel, dict[str, Any]]:
-    """Two stages of a block each, six classes, every layer in integers."""
+def _quantized(
+    pixels: NDArray[np.float32], wanted: Wanted
+) -> tuple[QuantizedModel, dict[str, Any]]:
     how = Preprocessing(input_size=32)
     shape = Architecture(depths=(1, 1), dims=(8, 16), classes=6, layer_scale=False)
     folded = fold(seeded(shape, 0), how)
     given = Given(folded=folded, statistics=collect(folded, [pixels]), sample=pixels)
-    return quantize(given, how, Wanted(calibration=PLAIN), labels=None, parents={})
+    return quantize(given, how, wanted, labels=None, parents={})
+
+
+@pytest.fixture(scope="session")
+def small_model(pixels: NDArray[np.float32]) -> tuple[QuantizedModel, dict[str, Any]]:
+    """Two stages of a block each, six classes, every layer in integers."""
+    return _quantized(pixels, Wanted(calibration=PLAIN))
 
 
 @pytest.fixture(scope="session")
 def few_bits_model(pixels: NDArray[np.float32]) -> tuple[QuantizedModel, dict[str, Any]]:
     """The same with 4-bit weights in the pointwise layers."""
-    how = Preprocessing(input_size=32)
-    shape = Architecture(depths=(1, 1), dims=(8, 16), classes=6, layer_scale=False)
-    folded = fold(seeded(shape, 0), how)
-    given = Given(folded=folded, statistics=collect(folded, [pixels]), sample=pixels)
-    wanted = Wanted(scheme="w4a8", calibration=PLAIN)
-    return quantize(given, how, wanted, labels=None, parents={})
+    return _quantized(pixels, Wanted(scheme="w4a8", calibration=PLAIN))

@@ -223,7 +223,9 @@ def test_a_weight_with_a_small_steady_gradient_moves_by_the_rate(
     small_model: Model, pixels: NDArray[np.float32], tmp_path: Path
 ) -> None:
     """Gradients of a relative error are tiny; Adam must not take them for nothing."""
-    how = Finetuning(epochs=1, batch=8, rate=0.01, warm_up=0.0, average=0.0)
+    # As small as those of an 8-bit network with millions of weights.
+    small = Finetuning(logit_weight=1e-4, kl_weight=0.0)
+    how = replace(small, epochs=1, batch=8, rate=0.01, warm_up=0.0, average=0.0)
     student, made = loop(small_model, pixels, tmp_path, how)
     weight = next(iter(student.layers.values())).weight
     before = weight.detach().clone()
@@ -231,7 +233,7 @@ def test_a_weight_with_a_small_steady_gradient_moves_by_the_rate(
     assert weight.grad is not None
     felt = weight.grad != 0
     assert felt.float().mean() > 0.5
-    assert weight.grad[felt].abs().median() < 1e-5
+    assert weight.grad[felt].abs().median() < 1e-8
     moved = (weight.detach() - before)[felt].abs()
     torch.testing.assert_close(moved, torch.full_like(moved, 0.01), rtol=0.02, atol=0)
 
