@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent
 RUNS = ROOT / "runs"
 SHARED_DATA = ROOT.parent / "shared" / "data"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+MOST_WORKERS = 4
+"""Processes that test: each may take 3 GB."""
 FORMATS = ("onnx", "openvino", "tflite", "coreml")
 
 
@@ -54,6 +56,16 @@ def _install(session: nox.Session) -> None:
 
 def _python(session: nox.Session, *arguments: str) -> None:
     session.run(sys.executable, *arguments, external=True)
+
+
+def _pytest(session: nox.Session, *arguments: str) -> None:
+    """Run tests, on every core one process with one thread; `-- -n 0 -s` runs and prints all here.
+
+    A class of tests, or a file of functions, stays together: it may share what is expensive.
+    """
+    workers = str(min(MOST_WORKERS, os.cpu_count() or 1))
+    words = ("-m", "pytest", "-n", workers, "--dist", "loadscope", *arguments, *session.posargs)
+    session.run(sys.executable, *words, external=True, env={"OMP_NUM_THREADS": "1"})
 
 
 def _cli(session: nox.Session, *arguments: str) -> None:
@@ -103,7 +115,7 @@ def tests(session: nox.Session) -> None:
     """Run the tests that need nothing but this repository."""
     _install(session)
     _browser(session)
-    _python(session, "-m", "pytest", "-m", "not acceptance", *session.posargs)
+    _pytest(session, "-m", "not acceptance")
 
 
 @nox.session
@@ -112,7 +124,7 @@ def acceptance(session: nox.Session) -> None:
     _install(session)
     if not SHARED_DATA.is_dir():
         session.error(f"{SHARED_DATA} is not here: these tests cannot run")
-    _python(session, "-m", "pytest", "-m", "acceptance", *session.posargs)
+    _pytest(session, "-m", "acceptance")
 
 
 @nox.session

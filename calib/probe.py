@@ -153,7 +153,9 @@ def chosen_images(x: Tensor) -> Tensor:
 
 def _unusual(rows: Tensor) -> Tensor:
     """Return how many deviations each value lies from its channel's mean."""
-    return (rows - rows.mean(dim=0)).abs() / rows.std(dim=0, correction=0).clamp(min=1e-12)
+    away = rows - rows.mean(dim=0)
+    deviation = away.square().mean(dim=0).sqrt()
+    return away.abs_().div_(deviation.clamp(min=1e-12))
 
 
 def _extremes_and_others(largest: Tensor, unusual: Tensor, n: int) -> Tensor:

@@ -47,6 +47,8 @@ PAIR_LIMIT = 128
 HEADROOM_STEPS = 16
 """Scales tried for a row whose pairs need headroom; the last leaves no pair above the limit."""
 SEARCH_STEPS = 16
+SEARCHED_AT_ONCE = 2**14
+"""Weights whose scales are searched together."""
 LEAST_DIVISOR = 51
 """Of a requantization, from which its weight scale is moved to the next odd one: by 4 % at most."""
 SMALLEST_FACTOR = {BITS: 0.85, FEW_BITS: 0.55}
@@ -166,16 +168,22 @@ def weight_scales(
         factors = list(np.linspace(1.0, SMALLEST_FACTOR[grid.bits], SEARCH_STEPS))
     if grid.pairs:
         factors += list(np.linspace(1.0, 2 * WEIGHT_LIMIT / PAIR_LIMIT, HEADROOM_STEPS))[1:]
-    best, least = tie_free(scale, input_scale, output_scale), np.full(len(weight), np.inf)
-    for factor in factors if len(factors) > 1 else ():
-        tried = np.maximum(scale * factor, np.maximum(for_bias, SMALLEST_SCALE))
-        tried = tie_free(tried, input_scale, output_scale)
-        steps = along_rows(tried, weight.ndim)
-        lost = (round_weights(exact / steps, grid) * steps - exact) ** 2
-        lost *= 1.0 if importance is None else importance
-        error = lost.reshape(len(weight), -1).sum(axis=1)
-        best = np.where(error < least, tried, best)
-        least = np.minimum(error, least)
+    best = np.array(tie_free(scale, input_scale, output_scale))
+    # A few rows at a time stay in the processor's cache through all that is tried on them.
+    height = max(1, SEARCHED_AT_ONCE // max(1, exact[0].size))
+    for start in range(0, len(exact) if len(factors) > 1 else 0, height):
+        rows = slice(start, start + height)
+        written = None if output_scale is None else output_scale[rows]
+        least = np.full(len(exact[rows]), np.inf)
+        for factor in factors:
+            lowest = np.maximum(for_bias[rows], SMALLEST_SCALE)
+            tried = tie_free(np.maximum(scale[rows] * factor, lowest), input_scale, written)
+            steps = along_rows(tried, weight.ndim)
+            lost = (round_weights(exact[rows] / steps, grid) * steps - exact[rows]) ** 2
+            lost *= 1.0 if importance is None else importance
+            error = lost.reshape(len(lost), -1).sum(axis=1)
+            best[rows] = np.where(error < least, tried, best[rows])
+            least = np.minimum(error, least)
     chosen: NDArray[np.float32] = best.astype(np.float32)
     return chosen
 

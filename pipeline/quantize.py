@@ -51,7 +51,7 @@ from pipeline.records import (
 from pipeline.trace import WEIGHTED, Freedom, node_name, structure, trace
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor, fx
@@ -197,7 +197,7 @@ class _Walk:
         sources = node.all_input_nodes
         inputs = [self.values[source] for source in sources]
         if node.op != "call_module":
-            return {lane: inputs[0][lane] + inputs[1][lane] for lane in self.lanes}
+            return _once(torch.add, *inputs)
         name = node_name(node)
         if name in self.structure.places:
             return self._site(name, inputs[0], node_name(sources[0]))
@@ -205,7 +205,7 @@ class _Walk:
             written = (node_name(user) for user in node.users)
             site = next((user for user in written if user in self.quantized), None)
             return self._layer(name, inputs[0], site)
-        return {lane: self.modules[name](inputs[0][lane]) for lane in self.lanes}
+        return _once(self.modules[name], inputs[0])
 
     # --- sites ---------------------------------------------------------------------------------
 
@@ -221,7 +221,8 @@ class _Walk:
         grid = self._grid(name, x[FLOAT])
         if self.bits is None:
             return x
-        return {lane: value if lane == FLOAT else grid(value) for lane, value in x.items()}
+        integer = {lane: value for lane, value in x.items() if lane != FLOAT}
+        return {FLOAT: x[FLOAT]} | _once(grid, integer)
 
     def _grid(self, name: str, x: Tensor) -> SiteGrid:
         """Return a site's grid, chosen where it is asked for first.
@@ -317,15 +318,21 @@ class _Walk:
             rows = grid_behind.rescaling.scale.double().numpy()
             written = rows * grid_behind.parameters.scale
         plain = unrounded(module, site.rescaling, scale, written)
+        made: dict[tuple[int, WeightGrid], tuple[IntegerLayer, Tensor]] = {}
         for profile in PROFILES:
             grid = self._weight_grid(name, profile)
             if profile not in self.lanes:
                 self._keep(name, profile, rounded(plain, grid, how))
                 continue
-            layer = rounded(plain, grid, how, x[FLOAT], x[profile])
-            if self.how.correct_bias:
-                layer = layer.corrected(mean_error(out[FLOAT], layer(x[profile])))
-            out[profile] = layer(x[profile])
+            inputs = x[profile]
+            # As long as profiles have the same integers, they are one.
+            key = (id(inputs), grid)
+            if key not in made:
+                layer = rounded(plain, grid, how, x[FLOAT], inputs)
+                if self.how.correct_bias:
+                    layer = layer.corrected(mean_error(out[FLOAT], layer(inputs)))
+                made[key] = (layer, layer(inputs))
+            layer, out[profile] = made[key]
             self._keep(name, profile, layer)
         return out
 
@@ -356,6 +363,19 @@ def layer_grid(scheme: Scheme, name: str, shape: tuple[int, ...], profile: Profi
     few = scheme in FEW_BIT_SCHEMES and kind in POINTWISE
     bits = FEW_BITS if few else BITS
     return weight_grid(shape, profile, depthwise=kind is Layer.DEPTHWISE, bits=bits)
+
+
+def _once(function: Callable[..., Tensor], *inputs: Lanes) -> Lanes:
+    """Apply a function in every lane, once for all lanes that hold the same tensors."""
+    made: dict[tuple[int, ...], Tensor] = {}
+    found: Lanes = {}
+    for lane in inputs[0]:
+        given = [values[lane] for values in inputs]
+        key = tuple(map(id, given))
+        if key not in made:
+            made[key] = function(*given)
+        found[lane] = made[key]
+    return found
 
 
 def _observed(given: Given, names: Collection[str]) -> dict[str, Tensor]:

@@ -342,16 +342,16 @@ class Finetuning:
     epochs: PositiveInt = 2
     batch: PositiveInt = 64
     images: PositiveInt | None = None
-    rate: PositiveFloat = 2e-2
+    rate: PositiveFloat = 7e-3
     scale_rate: PositiveFloat = 1e-4
     warm_up: Fraction = 0.05
     decay: NonNegative = 0.0
     clip: PositiveFloat = 3.0
-    average: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    average: Annotated[float, Field(ge=0, lt=1)] = 0.9
     drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.0
     logit_weight: NonNegative = 1.0
     kl_weight: NonNegative = 1.0
-    block_weight: NonNegative = 0.0
+    block_weight: NonNegative = 1.0
     label_weight: NonNegative = 0.0
     oscillation: Literal["auto", "count", "dampen", "freeze"] = "auto"
     augmentation: Augmentation = Augmentation()
