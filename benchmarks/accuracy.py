@@ -44,12 +44,13 @@ Row = dict[str, Any]
 
 
 class Ours(NamedTuple):
-    """One way to run this project; placement None is each runtime's default."""
+    """One way to run this project; placement None is each runtime's default, isa None --isa."""
 
     scheme: str
     placement: str | None
     runtimes: tuple[str, ...] = tuple(runs.SUFFIXES)
     note: str | None = None
+    isa: str | None = None
 
 
 OURS: tuple[Ours, ...] = (
@@ -73,23 +74,32 @@ class Bench:
         work: A folder for artifacts and logs.
         settings: What was asked.
         console: Where progress is shown.
+        ways: To run this project.
+        peers: To run beside it.
     """
 
-    def __init__(self, work: Path, settings: runs.Settings, console: Console) -> None:
+    def __init__(
+        self,
+        work: Path,
+        settings: runs.Settings,
+        console: Console,
+        ways: Sequence[Ours] = OURS,
+        peers: Sequence[Peer] = PEERS,
+    ) -> None:
         self.work, self.settings, self.console = work, settings, console
+        self.ways, self.peers = ways, peers
         self.prepared: Row = self._apart("prepare", runs.prepare, work, settings)
         self.how = Preprocessing(**self.prepared["preprocessing"])
 
     def rows(self) -> list[Row]:
-        """Make, evaluate and time every artifact."""
-        rows = [*self._ours(), *(self._peer(peer) for peer in PEERS)]
+        """Make and evaluate every artifact."""
+        rows = [*self._ours(), *(self._peer(peer) for peer in self.peers)]
         rows.sort(key=lambda r: (list(runs.SUFFIXES).index(r["runtime"]), group(r["scheme"])))
-        self._time(rows)
         return rows
 
     def _ours(self) -> list[Row]:
         rows, floats = list[Row](), dict[str, Row]()
-        for index, way in enumerate(OURS):
+        for index, way in enumerate(self.ways):
             row = {"method": "ours", "ours": True, "scheme": way.scheme, "note": way.note}
             row["placement"] = way.placement
             try:
@@ -104,7 +114,7 @@ class Bench:
                 rows.append(mine | self._measured(mine, draws))
                 # The float artifact comes along, the same each time.
                 floats.setdefault(name, made[0][name, "float"])
-        for name in dict.fromkeys(name for way in OURS for name in way.runtimes):
+        for name in dict.fromkeys(name for way in self.ways for name in way.runtimes):
             row = {"method": "ours", "ours": True, "scheme": "float", "runtime": name}
             row |= {"note": None, "placement": None}
             if name in floats:
@@ -115,14 +125,14 @@ class Bench:
 
     def _draw_of_ours(self, index: int, seed: int) -> dict[tuple[str, str], Row]:
         """Return the artifacts of one run of this project, by runtime and scheme."""
-        way = OURS[index]
+        way = self.ways[index]
         asked = {
             "eval": NONE,
             "eval_images": None,
             "scheme": way.scheme,
             "placement": way.placement,
             "runtimes": way.runtimes,
-        }
+        } | ({} if way.isa is None else {"isa": way.isa})
         recipe = self.settings.recipe(seed, **asked).model_dump(mode="json")
         kept = self.work / f"ours-{index}-{seed}"
         name = f"ours {way.scheme} {way.placement or 'in the default placement'}, draw {seed}"
@@ -169,7 +179,8 @@ class Bench:
             found.append({"seed": draw["seed"], **result})
         return {**seen, "outcome": "measured", **summary(found)}
 
-    def _time(self, rows: Sequence[Row]) -> None:
+    def time(self, rows: Sequence[Row], threads: int = 1) -> None:
+        """Put the CPU times of every artifact that runs here into its row."""
         for name in runs.SUFFIXES:
             here = {
                 str(i): row
@@ -179,7 +190,9 @@ class Bench:
             if not here:
                 continue
             try:
-                times = self._apart(f"{name}: time", runs.time_all, self.work, self.how, here)
+                times = self._apart(
+                    f"{name}: time", runs.time_all, self.work, self.how, here, threads
+                )
             except Exception as error:  # noqa: BLE001 - the accuracy stands without the time
                 times = {label: {"time_failed": described(error)} for label in here}
             for label, found in times.items():
@@ -241,12 +254,14 @@ def main() -> None:
 def measure(target: Path, work: Path | None, options: Row) -> None:
     """Measure everything and write the document, whole or not at all."""
     settings = settings_of(options)
-    _check_places(target, work)
+    check_places(target, work)
     os.environ["NNCF_EXTENSION_LOAD_TIMEOUT"] = "0"  # its build takes longer on few cores
     console, begin, load = Console(stderr=True), time.monotonic(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="convnext-edge-") as folder:
         bench = Bench(work or Path(folder), settings, console)
-        rows = [{k: v for k, v in row.items() if k != "path"} for row in bench.rows()]
+        made = bench.rows()
+        bench.time(made)
+        rows = [{k: v for k, v in row.items() if k != "path"} for row in made]
     names = {"checkpoint", "data", "eval"}
     stated = {k: Path(v).name if k in names and v else v for k, v in asdict(settings).items()}
     document = {
@@ -286,7 +301,7 @@ def settings_of(options: Row) -> runs.Settings:
     return settings
 
 
-def _check_places(target: Path, work: Path | None) -> None:
+def check_places(target: Path, work: Path | None) -> None:
     """Refuse places that cannot be written before anything is measured."""
     if target.is_dir():
         raise OutputError(f"{target} is a folder", allowed="a file", do="Correct --json")

@@ -1,7 +1,7 @@
 """What `accuracy.py` lets run in processes of their own: images, this project, artifacts.
 
 In: JSON-like values and paths. Out: .npy files in the work folder, artifacts, and measurements.
-Ours and the peers' artifacts run through the same few lines, with one thread, one image at a time.
+Ours and the peers' artifacts run through the same few lines, one image at a time.
 """
 
 from __future__ import annotations
@@ -257,12 +257,14 @@ def evaluate(work: Path, how: Preprocessing, artifact: Row) -> Row:
     return {name: found[name] for name in wanted}
 
 
-def time_all(work: Path, how: Preprocessing, artifacts: Mapping[str, Row]) -> dict[str, Row]:
+def time_all(
+    work: Path, how: Preprocessing, artifacts: Mapping[str, Row], threads: int = 1
+) -> dict[str, Row]:
     """Time the artifacts of one runtime, which take turns; CPU time of the whole process."""
     pixels = _mapped(work / EVALUATION)[:1]
     runs: dict[str, tuple[Runner, Pixels]] = {}
     for label, artifact in artifacts.items():
-        lay_out, run = open_artifact(artifact["runtime"], Path(artifact["path"]))
+        lay_out, run = open_artifact(artifact["runtime"], Path(artifact["path"]), threads)
         image = lay_out(next(_inputs(pixels, how, ours=artifact["ours"])))
         runs[label] = run, image
         for _ in range(WARM_UP):
@@ -283,43 +285,44 @@ def _inputs(pixels: Pixels, how: Preprocessing, *, ours: bool) -> Iterator[Pixel
         yield single if ours else normalised(single, how)
 
 
-def open_artifact(runtime: str, path: Path) -> tuple[Runner, Runner]:
+def open_artifact(runtime: str, path: Path, threads: int = 1) -> tuple[Runner, Runner]:
     """Return what lays out one NCHW image as the artifact takes it, and what runs it."""
     match runtime:
         case "onnx":
-            return np.ascontiguousarray, _onnx(path)
+            return np.ascontiguousarray, _onnx(path, threads)
         case "openvino":
-            return np.ascontiguousarray, _openvino(path)
+            return np.ascontiguousarray, _openvino(path, threads)
         case "tflite":
-            return _tflite(path)
+            return _tflite(path, threads)
         case "coreml":
             return np.ascontiguousarray, _coreml(path)
     raise UsageError(f"unknown runtime: {runtime}", allowed=", ".join(SUFFIXES), do="Correct it")
 
 
-def _onnx(path: Path) -> Runner:
+def _onnx(path: Path, threads: int) -> Runner:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda image: session.run(None, {name: image})[0]
 
 
-def _openvino(path: Path) -> Runner:
+def _openvino(path: Path, threads: int) -> Runner:
     import openvino
 
     # f32 as in this project's own sessions: elsewhere than in integers nothing is rounded.
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": 1}
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+    settings |= {"INFERENCE_NUM_THREADS": threads}
     request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
     return lambda image: request.infer([image])[0]
 
 
-def _tflite(path: Path) -> tuple[Runner, Runner]:
+def _tflite(path: Path, threads: int) -> tuple[Runner, Runner]:
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(str(path), num_threads=1)
+    interpreter = Interpreter(str(path), num_threads=threads)
     interpreter.allocate_tensors()
     given, made = interpreter.get_input_details()[0], interpreter.get_output_details()[0]
 

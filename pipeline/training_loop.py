@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -135,7 +136,6 @@ class Loop:
         if how.drop_path:
             trainee.drop_paths(how.drop_path, self.paths, (ranks.rank, ranks.size))
         self.blocks = _Outputs(self.network, self.teacher) if how.block_weight else None
-        self.run = nn.parallel.DistributedDataParallel(self.network) if ranks.size > 1 else None
         self.total = how.epochs * feed.per_epoch
         self.step = self.resumed_at = 0
         """Updates that are behind, and those that were when this process began."""
@@ -145,6 +145,16 @@ class Loop:
         self.block_powers: list[float] = []
         self.lines: list[dict[str, Any]] = []
         self.stopping = False
+
+    @cached_property
+    def shared(self) -> nn.Module:
+        """The network; with several processes, what exchanges its gradients.
+
+        To make that, processes wait for each other: not before all of them have all they need.
+        """
+        if self.ranks.size == 1:
+            return self.network
+        return nn.parallel.DistributedDataParallel(self.network)
 
     # --- the whole ---------------------------------------------------------------------------
 
@@ -286,7 +296,7 @@ class Loop:
             wanted = self.teacher(image)
             taught = self.blocks.taken(of_teacher=True) if self.blocks else []
         with half:
-            given = (self.run or self.network)(image).float()
+            given = self.shared(image).float()
         if not self.power:
             self.power = float(self._mean_over_ranks(wanted.square().mean()))
             self.block_powers = [float(self._mean_over_ranks(y.square().mean())) for y in taught]
@@ -371,24 +381,41 @@ class Loop:
             torch.save(state, partial)
 
     def _restore(self) -> None:
+        """Go on from the checkpoint, where there is one: rank 0's, on every process."""
         path = self.keep / CHECKPOINT
-        if not path.exists():
-            return
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+
+        def read() -> dict[str, Any] | None:
+            if not (self.ranks.leads and path.exists()):
+                return None
+            with self._of_this_training():
+                found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return found
+
+        state = self.ranks.gather(read)[0]
+        if state is not None:
+            self.ranks.gather(lambda: self._go_on_from(state))
+
+    def _go_on_from(self, state: dict[str, Any]) -> None:
+        with self._of_this_training():
             self.network.load_state_dict(state["network"])
             self.optimiser.load_state_dict(state["optimiser"])
             self.watch.load_state_dict(state["watch"])
+            torch._foreach_copy_(self.mean, [mean.to(self.device) for mean in state["mean"]])
+            self.step = self.resumed_at = state["step"]
+            self.power, self.norm = state["power"], state["norm"]
+            self.block_powers, self.lines = state["block_powers"], json.loads(state["lines"])
+
+    @contextmanager
+    def _of_this_training(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             raise TrainingError(
-                f"{path} is not a checkpoint of this training ({type(error).__name__})",
+                f"{self.keep / CHECKPOINT} is not a checkpoint of this training"
+                f" ({type(error).__name__})",
                 allowed="what this command wrote",
                 do="Give --restart to begin again",
             ) from error
-        torch._foreach_copy_(self.mean, [mean.to(self.device) for mean in state["mean"]])
-        self.step = self.resumed_at = state["step"]
-        self.power, self.norm = state["power"], state["norm"]
-        self.block_powers, self.lines = state["block_powers"], json.loads(state["lines"])
 
     def _stopped(self) -> TrainingError:
         self.save()
@@ -413,19 +440,19 @@ class _Outputs:
     """What the blocks of two networks gave last."""
 
     def __init__(self, student: nn.Module, teacher: nn.Module) -> None:
-        self.held: dict[bool, list[Tensor]] = {True: [], False: []}
+        self.held: dict[bool, dict[str, Tensor]] = {True: {}, False: {}}
         for network, of_teacher in ((student, False), (teacher, True)):
-            for module in network.modules():
+            for name, module in network.named_modules():
                 if isinstance(module, Block):
-                    module.register_forward_hook(self._hook(of_teacher=of_teacher))
+                    module.register_forward_hook(self._hook(name, of_teacher=of_teacher))
 
-    def _hook(self, *, of_teacher: bool) -> Callable[[nn.Module, object, Tensor], None]:
+    def _hook(self, name: str, *, of_teacher: bool) -> Callable[[nn.Module, object, Tensor], None]:
         def keep(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            self.held[of_teacher].append(output)
+            self.held[of_teacher][name] = output
 
         return keep
 
     def taken(self, *, of_teacher: bool = False) -> list[Tensor]:
         """Return the outputs of the last forward pass, in order, and forget them."""
-        held, self.held[of_teacher] = self.held[of_teacher], []
-        return held
+        held, self.held[of_teacher] = self.held[of_teacher], {}
+        return list(held.values())

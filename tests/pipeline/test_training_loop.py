@@ -224,7 +224,7 @@ def test_a_weight_with_a_small_steady_gradient_moves_by_the_rate(
 ) -> None:
     """Gradients of a relative error are tiny; Adam must not take them for nothing."""
     # As small as those of an 8-bit network with millions of weights.
-    small = Finetuning(logit_weight=1e-4, kl_weight=0.0)
+    small = Finetuning(logit_weight=1e-4, kl_weight=0.0, block_weight=0.0)
     how = replace(small, epochs=1, batch=8, rate=0.01, warm_up=0.0, average=0.0)
     student, made = loop(small_model, pixels, tmp_path, how)
     weight = next(iter(student.layers.values())).weight

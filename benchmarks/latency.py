@@ -1,0 +1,220 @@
+"""int8 of this project beside the default path of each runtime's own tools: CPU time.
+
+In: names of ConvNeXts, whose weights are drawn from a seed, and images. Every tool gets the same
+weights, calibration images and threads; all artifacts of a runtime take turns in one process. Out:
+one table and one JSON document with a row per artifact of ours and peer: the ratio of the medians
+with its 95 % interval, and what each loses in accuracy.
+
+Needs the extras `all` and `peers`, on constraints.txt:
+
+    python benchmarks/latency.py --models tiny,atto --input-size 224 --threads 1 --json latency.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import accuracy_runs as runs
+from benchmarks.accuracy import PACKAGES, Bench, Ours, check_places
+from benchmarks.accuracy_peers import PEERS
+from pipeline import words
+from pipeline.errors import EdgeError, UsageError
+from pipeline.recipe import NONE
+from pipeline.records import Architecture
+from pipeline.statistics import ratio_interval
+from pipeline.store import cannot_write, library_versions, write_atomic
+from targets.devices.local import cpu_name, host_isa, isa_flags
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+Row = dict[str, Any]
+
+HOSTS = ("onnx", "openvino", "tflite")
+"""Runtimes that run here."""
+CLASSES, SEED = 10, 0
+ROOT = Path(__file__).parents[1]
+
+
+def ways() -> tuple[Ours, ...]:
+    """Return the ways to run this project: each placement, made for this CPU and for any."""
+    found = [
+        Ours("w8a8", "pointwise", HOSTS),
+        Ours("w8a8", "all", HOSTS),
+        Ours("w8a8-dynamic", "pointwise", ("onnx", "tflite")),
+        Ours("w8a8-dynamic", "all", ("onnx", "tflite")),
+    ]
+    if host_isa() == "avx2":
+        # What headroom costs: the same without it, whose integers are wrong on this CPU.
+        found.append(Ours("w8a8", "pointwise", ("onnx", "openvino"), isa="vnni"))
+    return tuple(found)
+
+
+def measure(models: Sequence[str], threads: Sequence[int], options: Row, work: Path) -> list[Row]:
+    """Measure every network with each number of threads.
+
+    Args:
+        models: Names of `pipeline.convnext.SIZES`.
+        threads: Of each inference.
+        options: `data`, `input_size`, `images`, `calibration_images` and `isa` of `runs.Settings`.
+        work: Takes artifacts and logs.
+
+    Returns:
+        One row per artifact of ours and peer.
+    """
+    console, found = Console(stderr=True), list[Row]()
+    for model in models:
+        folder = work / model
+        folder.mkdir()
+        checkpoint = folder / f"{model}.safetensors"
+        _write_seeded(model, checkpoint)
+        settings = runs.Settings(checkpoint=str(checkpoint), eval=NONE, draws=1, **options)
+        peers = [peer for peer in PEERS if peer.runtime in HOSTS]
+        bench = Bench(folder, settings, console, ways(), peers)
+        rows = bench.rows()
+        for count in threads:
+            bench.time(rows, count)
+            found += [{"model": model, "threads": count, **row} for row in pairs(rows)]
+    return found
+
+
+def _write_seeded(model: str, path: Path) -> None:
+    from pipeline.checkpoint import save
+    from pipeline.convnext import SIZES, seeded
+
+    depths, dims = SIZES[model]
+    architecture = Architecture(depths=depths, dims=dims, classes=CLASSES)
+    save(path, seeded(architecture, SEED), labels=None)
+
+
+def pairs(rows: Sequence[Row]) -> Iterator[Row]:
+    """Hold each artifact of ours against each peer of its runtime.
+
+    Args:
+        rows: As `Bench` made and timed them.
+
+    Yields:
+        `runtime`, `ours`, `profile`, `peer`; `ratio_cpu` of our median over the peer's, with
+        `ratio_lo` and `ratio_hi`; `sqnr_ours_db` and `sqnr_peer_db`, None where nothing differs;
+        and `outcome`, with its `reason` where it is not `measured`.
+    """
+    for ours in (row for row in rows if row["ours"]):
+        for peer in rows:
+            if peer["ours"] or peer["runtime"] != ours["runtime"]:
+                continue
+            row = {
+                "runtime": ours["runtime"],
+                "ours": " ".join(filter(None, (ours["scheme"], ours["placement"]))),
+                "profile": ours.get("profile"),
+                "peer": peer["method"],
+            }
+            missing = next((one for one in (ours, peer) if "cpu_ms" not in one), None)
+            if missing is not None:
+                whose = "ours" if missing["ours"] else "the peer's"
+                reason = missing.get("reason") or missing.get("time_failed") or "not timed"
+                failed = {"outcome": "not_run", "reason": f"{whose}: {reason}"}
+                yield row | dict.fromkeys(MEASURES) | failed
+                continue
+            ratio = ratio_interval(ours["cpu_ms"], peer["cpu_ms"], per_round=runs.PER_ROUND)
+            measured = (*(ratio or (None,) * 3), ours["sqnr_db"], peer["sqnr_db"])
+            yield row | dict(zip(MEASURES, measured, strict=True)) | {"outcome": "measured"}
+
+
+MEASURES = ("ratio_cpu", "ratio_lo", "ratio_hi", "sqnr_ours_db", "sqnr_peer_db")
+
+
+def print_table(rows: Sequence[Row], console: Console, title: str) -> None:
+    """Print the rows; ours that is slower is printed like any other."""
+    table = Table(title=title)
+    for name in ("model", "threads", "runtime", "ours", "profile", "peer"):
+        table.add_column(name)
+    for name in ("CPU, ours / peer", "95 %", "SQNR dB, ours", "peer"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        stated = [row["model"], str(row["threads"]), row["runtime"], row["ours"]]
+        stated += [row["profile"] or "", row["peer"]]
+        if row["outcome"] != "measured":
+            table.add_row(*stated, row["outcome"], row["reason"])
+            continue
+        ends = f"{row['ratio_lo']:.2f} to {row['ratio_hi']:.2f}"
+        table.add_row(
+            *stated,
+            f"{row['ratio_cpu']:.2f}",
+            ends,
+            *("exact" if row[k] is None else f"{row[k]:.1f}" for k in MEASURES[3:]),
+        )
+    console.print(table)
+
+
+def main() -> None:
+    """Read the command line, measure, print and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--models", default="tiny,atto", help="of seeded weights, comma-separated")
+    add("--input-size", type=int, default=224)
+    add("--threads", default="1", help="of an inference; several comma-separated")
+    add("--data", default="digits", help="images that calibrate and evaluate")
+    add("--images", type=int, default=64, help="evaluate on at most this many")
+    add("--calibration-images", type=int, default=64)
+    add("--isa", default="auto", help="of this project's artifacts, as of `convnext-edge run`")
+    add("--work", type=Path, help="keep artifacts and the log here; default: a temporary folder")
+    add("--json", type=Path, required=True, help="where the document goes")
+    options = vars(parser.parse_args())
+    target, work = options.pop("json"), options.pop("work")
+    try:
+        _run(target, work, options)
+    except EdgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        print(f"error: {cannot_write(error.filename or 'the work folder', error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _run(target: Path, work: Path | None, options: Row) -> None:
+    from pipeline.convnext import SIZES
+
+    models, asked = words.listed(options.pop("models")), options.pop("threads")
+    for name in models:
+        if name not in SIZES:
+            raise UsageError(
+                f"unknown model: {name}", allowed=", ".join(SIZES), do="Correct --models"
+            )
+    threads = [int(n) if n % 1 == 0 else 0 for n in words.numbers("--threads", asked) or ()]
+    if not threads or min(threads) < 1:
+        raise UsageError(f"--threads is {asked!r}", allowed="1 or 1,2", do="Correct --threads")
+    options["data"] = words.data_place(options["data"])
+    check_places(target, work)
+    os.environ["NNCF_EXTENSION_LOAD_TIMEOUT"] = "0"  # its build takes longer on few cores
+    begin, load = time.monotonic(), os.getloadavg()[0]
+    with tempfile.TemporaryDirectory(prefix="convnext-edge-") as folder:
+        rows = measure(models, threads, options, work or Path(folder))
+    document: Row = {
+        "settings": {**options, "models": models, "threads": threads},
+        "cpu": cpu_name(),
+        "isa": isa_flags(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "packages": library_versions(PACKAGES),
+        "load_before": load,
+        "seconds": round(time.monotonic() - begin, 1),
+        "rows": rows,
+    }
+    write_atomic(target, (json.dumps(document, indent=1) + "\n").encode())
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    print_table(rows, console, f"{document['cpu']}, {', '.join(document['isa'])}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""What benchmarks/latency.py concludes from its samples."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.accuracy_runs import PER_ROUND
+from benchmarks.latency import pairs
+
+PROGRAM = Path(__file__).parents[2] / "benchmarks" / "latency.py"
+
+
+def row(method: str, milliseconds: float | None, **more: Any) -> dict[str, Any]:
+    stated = {"runtime": "onnx", "method": method, "ours": method == "ours", "scheme": "w8a8"}
+    stated |= {"placement": "all" if method == "ours" else None, "sqnr_db": 30.0, **more}
+    if milliseconds is None:
+        return stated | {"outcome": "failed", "reason": "it does not load"}
+    turns = [milliseconds * (1 + 0.1 * (turn % 2)) for turn in range(10) for _ in range(PER_ROUND)]
+    return stated | {"outcome": "measured", "cpu_ms": turns}
+
+
+def test_ours_is_held_against_every_peer_of_its_runtime() -> None:
+    rows = [
+        row("ours", 2.0, profile="avx2", sqnr_db=40.0),
+        row("float", 4.0, scheme="float", sqnr_db=None),
+        row("tool", 1.0),
+        row("tool", 9.0, runtime="tflite"),
+    ]
+    found = list(pairs(rows))
+    assert [(r["ours"], r["peer"], r["profile"]) for r in found] == [
+        ("w8a8 all", "float", "avx2"),
+        ("w8a8 all", "tool", "avx2"),
+    ]
+    assert [r["ratio_cpu"] for r in found] == pytest.approx([0.5, 2.0])
+    for r in found:
+        # Both saw the same noise, turn by turn.
+        assert r["ratio_lo"] == pytest.approx(r["ratio_cpu"])
+        assert r["ratio_hi"] == pytest.approx(r["ratio_cpu"])
+    assert [(r["sqnr_ours_db"], r["sqnr_peer_db"]) for r in found] == [(40.0, None), (40.0, 30.0)]
+
+
+@pytest.mark.parametrize(("ours", "peer", "whose"), [(None, 1.0, "ours"), (1.0, None, "the peer")])
+def test_what_was_not_timed_has_its_reason(
+    ours: float | None, peer: float | None, whose: str
+) -> None:
+    [found] = pairs([row("ours", ours), row("tool", peer)])
+    assert found["outcome"] == "not_run"
+    assert found["ratio_cpu"] is None
+    assert found["reason"].startswith(whose)
+    assert "does not load" in found["reason"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--models", "enormous"), "unknown model: enormous"),
+        (("--threads", "0"), "--threads"),
+        (("--threads", "two"), "--threads"),
+        (("--data", "nowhere"), "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_no_file(
+    tmp_path: Path, words: tuple[str, ...], named: str
+) -> None:
+    target = tmp_path / "latency.json"
+    command = [
+        sys.executable,
+        "-P",
+        str(PROGRAM),
+        "--models",
+        "atto",
+        "--json",
+        str(target),
+        *words,
+    ]
+    environment = {"PYTHONPATH": str(PROGRAM.parents[1]), "PATH": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode in {1, 2}
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1, done.stderr
+    assert named in errors[0]
+    assert "Traceback" not in done.stderr
+    assert not target.exists()
