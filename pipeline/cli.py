@@ -129,11 +129,11 @@ def gate(
         bool, typer.Option("--accept", help="Store this run as the new baseline.")
     ] = False,
 ) -> None:
-    """Judge a run folder by a budget: exit code 0 pass, 3 fail, 4 inconclusive."""
+    """Judge a run folder by a budget: exit code 0 pass, 3 fail, 4 inconclusive or not run."""
     from pipeline.conclude import accept_baseline, judge_again
 
     settings = recipe_of(run_dir)
-    asked = budget_of(budget) or settings.budget()
+    asked = settings.budget(budget_of(budget))
     against = words.absolute(baseline) or settings.baseline
     if accept:
         place = accept_baseline(run_dir, against)

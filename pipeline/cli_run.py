@@ -191,42 +191,84 @@ def finetune(
     data: Annotated[
         str | None, typer.Option(help="Training images; left out: those that RUN_DIR names.")
     ] = None,
-    scheme: Annotated[str | None, typer.Option(help="w8a8, w4a8, w4a4, w8a16 or w8.")] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="w8a8, w4a8, w8; w8a16 with tflite, w4a4 with reference.")
+    ] = None,
     placement: Annotated[
         str | None, typer.Option(help="Layers in integers: pointwise, pointwise-io or all.")
     ] = None,
     runtimes: Annotated[str | None, typer.Option(help="Comma-separated.")] = None,
-    engine: Annotated[str | None, typer.Option(help="Whose quantizers: own or nncf.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the images.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Images of an update.")] = None,
-    images: Annotated[int | None, typer.Option(help="Train on at most so many.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Whose quantizers: own or nncf.", show_default="own")
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the images.", show_default="2")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Images of an update.", show_default="64")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option(help="Train on at most so many.", show_default="all")
+    ] = None,
     rate: Annotated[
-        float | None, typer.Option(help="Of weights: steps of their grid per update.")
+        float | None,
+        typer.Option(help="Of weights: steps of their grid per update.", show_default="0.007"),
     ] = None,
     scale_rate: Annotated[
-        float | None, typer.Option(help="Of scales, offsets and biases, relative.")
+        float | None,
+        typer.Option(help="Of scales, offsets and biases, relative.", show_default="0.0001"),
     ] = None,
-    warm_up: Annotated[float | None, typer.Option(help="Share of updates.")] = None,
-    decay: Annotated[float | None, typer.Option(help="Of weights alone.")] = None,
-    clip: Annotated[float | None, typer.Option(help="Longest gradient, over the mean.")] = None,
+    warm_up: Annotated[
+        float | None, typer.Option(help="Share of updates.", show_default="0.05")
+    ] = None,
+    decay: Annotated[float | None, typer.Option(help="Of weights alone.", show_default="0")] = None,
+    clip: Annotated[
+        float | None, typer.Option(help="Longest gradient, over the mean.", show_default="3")
+    ] = None,
     average: Annotated[
-        float | None, typer.Option(help="Of the exponential mean of weights; 0: none.")
+        float | None,
+        typer.Option(help="Of the exponential mean of weights; 0: none.", show_default="0.9"),
     ] = None,
     drop_path: Annotated[
-        float | None, typer.Option(help="Share of images that skip the last block.")
+        float | None,
+        typer.Option(help="Share of images that skip the last block.", show_default="0"),
     ] = None,
-    logit_weight: Annotated[float | None, typer.Option(help="Of the logits' distance.")] = None,
-    kl_weight: Annotated[float | None, typer.Option(help="Of the divergence.")] = None,
-    block_weight: Annotated[float | None, typer.Option(help="Of the blocks' outputs.")] = None,
-    label_weight: Annotated[float | None, typer.Option(help="Of the labels.")] = None,
-    oscillation: Annotated[str | None, typer.Option(help="auto, count, dampen or freeze.")] = None,
-    crop: Annotated[float | None, typer.Option(help="Least area of a random crop.")] = None,
-    flip: Annotated[float | None, typer.Option(help="Share of images mirrored.")] = None,
-    colour: Annotated[float | None, typer.Option(help="Strength of colour jitter.")] = None,
-    randaugment: Annotated[int | None, typer.Option(help="Operations per image.")] = None,
-    magnitude: Annotated[int | None, typer.Option(help="Of RandAugment, 1 to 29.")] = None,
-    save_minutes: Annotated[float | None, typer.Option(help="Between checkpoints.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of images' order and augmentation.")] = None,
+    logit_weight: Annotated[
+        float | None, typer.Option(help="Of the logits' distance.", show_default="1")
+    ] = None,
+    kl_weight: Annotated[
+        float | None, typer.Option(help="Of the divergence.", show_default="1")
+    ] = None,
+    block_weight: Annotated[
+        float | None, typer.Option(help="Of the blocks' outputs.", show_default="1")
+    ] = None,
+    label_weight: Annotated[
+        float | None, typer.Option(help="Of the labels.", show_default="0")
+    ] = None,
+    oscillation: Annotated[
+        str | None, typer.Option(help="auto, count, dampen or freeze.", show_default="auto")
+    ] = None,
+    crop: Annotated[
+        float | None, typer.Option(help="Least area of a random crop.", show_default="0.7")
+    ] = None,
+    flip: Annotated[
+        float | None, typer.Option(help="Share of images mirrored.", show_default="0.5")
+    ] = None,
+    colour: Annotated[
+        float | None, typer.Option(help="Strength of colour jitter.", show_default="0")
+    ] = None,
+    randaugment: Annotated[
+        int | None, typer.Option(help="Operations per image.", show_default="0")
+    ] = None,
+    magnitude: Annotated[
+        int | None, typer.Option(help="Of RandAugment, 1 to 29.", show_default="9")
+    ] = None,
+    save_minutes: Annotated[
+        float | None, typer.Option(help="Between checkpoints.", show_default="5")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of images' order and augmentation.", show_default="0")
+    ] = None,
     bench: Annotated[bool | None, typer.Option("--bench/--no-bench")] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--restart", help="Go on from an unfinished training.")

@@ -188,11 +188,16 @@ class Recipe(_Strict):
             raise ValueError(msg)
         return self
 
-    def budget(self) -> Budget | None:
-        """Return what the gate asks; `max_drop` is a limit there too, where it has none."""
+    def budget(self, asked: Budget | None = None) -> Budget | None:
+        """Return what the gate asks; `max_drop` is a limit there too, where it has none.
+
+        Args:
+            asked: Takes the place of the recipe's own.
+        """
+        asked = asked or self.gate
         if self.max_drop is None:
-            return self.gate
-        asked = self.gate or Budget()
+            return asked
+        asked = asked or Budget()
         if asked.max_drop_pp is None:
             asked = asked.model_copy(update={"max_drop_pp": self.max_drop})
         return asked

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from pydantic import ValidationError
 
 import pipeline.embedded
+from pipeline.cli_run import finetune
 from pipeline.errors import UsageError
-from pipeline.recipe import RUNTIMES, Budget, Recipe, load_budget, load_recipe
+from pipeline.recipe import (
+    RUNTIMES,
+    Budget,
+    PreprocessingOverride,
+    Recipe,
+    load_budget,
+    load_recipe,
+)
+from pipeline.records import Augmentation, Finetuning
 
 
 @pytest.fixture
@@ -153,6 +164,9 @@ def test_a_budget_of_drop_is_what_the_gate_asks_too() -> None:
     assert asked.max_drop_pp == 0.5
     own = Recipe(max_drop=0.5, gate=Budget(max_drop_pp=2.0, require=("onnx",))).budget()
     assert own == Budget(max_drop_pp=2.0, require=("onnx",))
+    # One that takes the place of the recipe's own is asked for the drop as well.
+    other = Recipe(max_drop=0.5).budget(Budget(require=("tflite",)))
+    assert other == Budget(max_drop_pp=0.5, require=("tflite",))
 
 
 def test_a_layer_is_named_once() -> None:
@@ -214,3 +228,39 @@ def test_what_training_does_not_know_is_said_with_what_it_knows(
 def test_later_settings_lie_over_earlier_ones() -> None:
     found = load_recipe(None, {"scheme": "w8", "seed": 3}, {"scheme": None, "seed": 4})
     assert (found.scheme, found.seed) == ("w8", 4)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        Recipe.model_fields,
+        PreprocessingOverride.model_fields,
+        Budget.model_fields,
+        [item.name for item in dataclasses.fields(Finetuning)],
+        [item.name for item in dataclasses.fields(Augmentation)],
+    ],
+    ids=["recipe", "preprocessing", "gate", "finetune", "augmentation"],
+)
+def test_every_key_stands_in_the_docs(keys: Collection[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
+    tables = {"preprocessing", "gate", "finetune", "augmentation", "baseline"}
+    for key in keys:
+        assert f"`{key}`" in text or key in tables, key
+
+
+def test_the_flags_of_finetune_show_the_defaults_that_hold() -> None:
+    defaults = {**values(Finetuning()), **values(Augmentation())}
+    del defaults["augmentation"]
+    shown = {}
+    for name, kind in get_type_hints(finetune, include_extras=True).items():
+        for option in get_args(kind)[1:]:
+            if isinstance(option.show_default, str):
+                shown[name] = option.show_default
+    stated = {
+        k: v if isinstance(v, str) else f"{v:g}" for k, v in defaults.items() if v is not None
+    }
+    assert shown == stated | {"images": "all"}
+
+
+def values(record: Any) -> dict[str, Any]:
+    return {item.name: getattr(record, item.name) for item in dataclasses.fields(record)}
