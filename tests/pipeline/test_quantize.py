@@ -10,7 +10,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+import pipeline.quantize as quantize_module
 from calib.collect import collect
+from calib.layer import IntegerLayer, Unrounded
 from pipeline.arithmetic import LEAST_DIVISOR
 from pipeline.convnext import ConvNeXt, seeded
 from pipeline.fold import fold
@@ -252,3 +254,25 @@ def test_gamma_and_beta_that_are_scaled_change_nothing() -> None:
         given = Given(folded=folded, statistics=collect(folded, [sample]), sample=sample)
         found.append(sqnr(given, Wanted(placement="all")))
     assert abs(found[0] - found[1]) < 0.2
+
+
+@pytest.mark.parametrize(("scheme", "times"), [("w4a8", 1), ("w8a8", 2)])
+def test_profiles_are_computed_apart_only_where_their_integers_differ(
+    given: Given, monkeypatch: pytest.MonkeyPatch, scheme: Scheme, times: int
+) -> None:
+    rounded = []
+
+    def counted(layer: Unrounded, *arguments: Any) -> IntegerLayer:
+        rounded.append(layer)
+        return rounding_of(layer, *arguments)
+
+    rounding_of = quantize_module.rounded
+    monkeypatch.setattr(quantize_module, "rounded", counted)
+    wanted = Wanted(scheme=scheme, placement="pointwise")
+    _, arrays = quantize(given, HOW, wanted, labels=None, parents={})
+    weights = [name for name in arrays if name.startswith("avx2/") and name.endswith(".weight")]
+    assert len(rounded) == times * len(weights)
+    alike = [
+        np.array_equal(arrays[name], arrays[name.replace("avx2", "full", 1)]) for name in weights
+    ]
+    assert all(alike) == (times == 1)
