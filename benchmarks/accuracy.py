@@ -60,6 +60,7 @@ OURS: tuple[Ours, ...] = (
     Ours("w8a8-dynamic", "all", ("onnx", "tflite")),
 )
 """The float artifacts come along with the first."""
+TIMES = ("cpu_ms", "cpu_p50_ms", "time_failed")
 ROOT, LONGEST = Path(__file__).parents[1], 400
 PACKAGES = (
     *("convnext-edge", "torch", "numpy", "onnx", "onnxruntime", "openvino", "nncf", "coremltools"),
@@ -180,7 +181,10 @@ class Bench:
         return {**seen, "outcome": "measured", **summary(found)}
 
     def time(self, rows: Sequence[Row], threads: int = 1) -> None:
-        """Put the CPU times of every artifact that runs here into its row."""
+        """Put the CPU times of every artifact that runs here into its row, for any earlier ones."""
+        for row in rows:
+            for name in TIMES:
+                row.pop(name, None)
         for name in runs.SUFFIXES:
             here = {
                 str(i): row

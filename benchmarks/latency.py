@@ -23,14 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import accuracy_runs as runs
 from benchmarks.accuracy import PACKAGES, Bench, Ours, check_places
-from benchmarks.accuracy_peers import PEERS
+from benchmarks.accuracy_peers import PEERS, Peer
 from pipeline import words
 from pipeline.errors import EdgeError, UsageError
-from pipeline.recipe import NONE
 from pipeline.records import Architecture
 from pipeline.statistics import ratio_interval
 from pipeline.store import cannot_write, library_versions, write_atomic
@@ -61,7 +61,14 @@ def ways() -> tuple[Ours, ...]:
     return tuple(found)
 
 
-def measure(models: Sequence[str], threads: Sequence[int], options: Row, work: Path) -> list[Row]:
+def measure(
+    models: Sequence[str],
+    threads: Sequence[int],
+    options: Row,
+    work: Path,
+    ours: Sequence[Ours],
+    peers: Sequence[Peer],
+) -> list[Row]:
     """Measure every network with each number of threads.
 
     Args:
@@ -69,6 +76,8 @@ def measure(models: Sequence[str], threads: Sequence[int], options: Row, work: P
         threads: Of each inference.
         options: `data`, `input_size`, `images`, `calibration_images` and `isa` of `runs.Settings`.
         work: Takes artifacts and logs.
+        ours: Ways to run this project.
+        peers: What to run beside it.
 
     Returns:
         One row per artifact of ours and peer.
@@ -76,12 +85,11 @@ def measure(models: Sequence[str], threads: Sequence[int], options: Row, work: P
     console, found = Console(stderr=True), list[Row]()
     for model in models:
         folder = work / model
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         checkpoint = folder / f"{model}.safetensors"
         _write_seeded(model, checkpoint)
-        settings = runs.Settings(checkpoint=str(checkpoint), eval=NONE, draws=1, **options)
-        peers = [peer for peer in PEERS if peer.runtime in HOSTS]
-        bench = Bench(folder, settings, console, ways(), peers)
+        settings = runs.Settings(checkpoint=str(checkpoint), eval=None, draws=1, **options)
+        bench = Bench(folder, settings, console, ours, peers)
         rows = bench.rows()
         for count in threads:
             bench.time(rows, count)
@@ -127,7 +135,11 @@ def pairs(rows: Sequence[Row]) -> Iterator[Row]:
                 yield row | dict.fromkeys(MEASURES) | failed
                 continue
             ratio = ratio_interval(ours["cpu_ms"], peer["cpu_ms"], per_round=runs.PER_ROUND)
-            measured = (*(ratio or (None,) * 3), ours["sqnr_db"], peer["sqnr_db"])
+            if ratio is None:
+                failed = {"outcome": "not_run", "reason": "the clock is too coarse for it"}
+                yield row | dict.fromkeys(MEASURES) | failed
+                continue
+            measured = (*ratio, ours["sqnr_db"], peer["sqnr_db"])
             yield row | dict(zip(MEASURES, measured, strict=True)) | {"outcome": "measured"}
 
 
@@ -145,7 +157,7 @@ def print_table(rows: Sequence[Row], console: Console, title: str) -> None:
         stated = [row["model"], str(row["threads"]), row["runtime"], row["ours"]]
         stated += [row["profile"] or "", row["peer"]]
         if row["outcome"] != "measured":
-            table.add_row(*stated, row["outcome"], row["reason"])
+            table.add_row(*stated, row["outcome"], escape(row["reason"]))
             continue
         ends = f"{row['ratio_lo']:.2f} to {row['ratio_hi']:.2f}"
         table.add_row(
@@ -185,21 +197,24 @@ def main() -> None:
 def _run(target: Path, work: Path | None, options: Row) -> None:
     from pipeline.convnext import SIZES
 
-    models, asked = words.listed(options.pop("models")), options.pop("threads")
-    for name in models:
-        if name not in SIZES:
-            raise UsageError(
-                f"unknown model: {name}", allowed=", ".join(SIZES), do="Correct --models"
-            )
-    threads = [int(n) if n % 1 == 0 else 0 for n in words.numbers("--threads", asked) or ()]
-    if not threads or min(threads) < 1:
-        raise UsageError(f"--threads is {asked!r}", allowed="1 or 1,2", do="Correct --threads")
+    models = list(dict.fromkeys(words.listed(options.pop("models"))))
+    known = [name for name in SIZES if not name.startswith("isotropic")]
+    if not models or not set(models) <= set(known):
+        named = ", ".join(name for name in models if name not in known) or "none is named"
+        raise UsageError(f"unknown model: {named}", allowed=", ".join(known), do="Correct --models")
+    asked = words.listed(options.pop("threads"))
+    threads = [int(word) for word in asked if word.isdecimal() and int(word)]
+    if not threads or len(threads) < len(asked):
+        raise UsageError(
+            f"--threads is {', '.join(asked)!r}", allowed="1 or 1,2", do="Correct --threads"
+        )
     options["data"] = words.data_place(options["data"])
     check_places(target, work)
     os.environ["NNCF_EXTENSION_LOAD_TIMEOUT"] = "0"  # its build takes longer on few cores
     begin, load = time.monotonic(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="convnext-edge-") as folder:
-        rows = measure(models, threads, options, work or Path(folder))
+        peers = [peer for peer in PEERS if peer.runtime in HOSTS]
+        rows = measure(models, threads, options, work or Path(folder), ways(), peers)
     document: Row = {
         "settings": {**options, "models": models, "threads": threads},
         "cpu": cpu_name(),

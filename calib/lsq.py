@@ -73,7 +73,9 @@ def _inside(x: Tensor, u: Tensor, low: float, high: float) -> Tensor:
 
     In one pass over memory: a mask and `torch.where` take five times as long.
     """
-    margin = 2 * torch.finfo(u.dtype).eps * max(-low, high)
+    # The kernel compares in float32 at least.
+    fine = min(torch.finfo(u.dtype).eps, torch.finfo(torch.float32).eps)
+    margin = 2 * fine * max(-low, high)
     inside: Tensor = torch.ops.aten.hardtanh_backward(x, u, low - margin, high + margin)
     return inside
 

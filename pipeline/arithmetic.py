@@ -168,6 +168,7 @@ def weight_scales(
         factors = list(np.linspace(1.0, SMALLEST_FACTOR[grid.bits], SEARCH_STEPS))
     if grid.pairs:
         factors += list(np.linspace(1.0, 2 * WEIGHT_LIMIT / PAIR_LIMIT, HEADROOM_STEPS))[1:]
+    counts = np.broadcast_to(1.0 if importance is None else importance, exact.shape)
     best = np.array(tie_free(scale, input_scale, output_scale))
     # A few rows at a time stay in the processor's cache through all that is tried on them.
     height = max(1, SEARCHED_AT_ONCE // max(1, exact[0].size))
@@ -180,7 +181,7 @@ def weight_scales(
             tried = tie_free(np.maximum(scale[rows] * factor, lowest), input_scale, written)
             steps = along_rows(tried, weight.ndim)
             lost = (round_weights(exact[rows] / steps, grid) * steps - exact[rows]) ** 2
-            lost *= 1.0 if importance is None else importance
+            lost *= counts[rows]
             error = lost.reshape(len(lost), -1).sum(axis=1)
             best[rows] = np.where(error < least, tried, best[rows])
             least = np.minimum(error, least)

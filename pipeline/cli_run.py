@@ -312,7 +312,8 @@ def finetune(
         },
     }
     if recipe_of(run_dir).finetune is not None:
-        note = f"{run_dir} was trained itself: training begins again where its calibration ended"
+        note = f"{run_dir} was trained itself: training begins again where its calibration ended,"
+        note += " with the settings it had"
         err_console.print(f"  {note}", soft_wrap=True, highlight=False, markup=False)
     settings = trained_on(run_dir, changes)
     _conclude(_execute(settings, out, Steps(restart=not resume, beside=run_dir)), out)

@@ -86,6 +86,26 @@ class Group:
                 raise failure
         return [result for result, _ in every]
 
+    def of_leader(self, work: Callable[[], _Result]) -> _Result:
+        """Do work on rank 0 and return its result on every rank.
+
+        Raises:
+            EdgeError: As of `gather`.
+        """
+        found: list[Any] = [None]
+
+        def led() -> None:
+            if self.leads:
+                found[0] = work()
+
+        self.gather(led)
+        if self.size > 1:
+            from torch import distributed as dist
+
+            dist.broadcast_object_list(found, src=0)
+        result: _Result = found[0]
+        return result
+
 
 def world_size() -> int:
     """Return how many processes torchrun started; 1 without it.

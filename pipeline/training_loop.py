@@ -2,7 +2,7 @@
 
 In: something to train (`Trainee`), the float network, batches of images, and a `Finetuning`. Out:
 the trainee, trained; a line of metrics every few updates; a checkpoint every few minutes, from
-which the rest goes on bit for bit. Nothing here knows what is learnt.
+which the rest goes on, on one process bit for bit. Nothing here knows what is learnt.
 """
 
 from __future__ import annotations
@@ -385,13 +385,13 @@ class Loop:
         path = self.keep / CHECKPOINT
 
         def read() -> dict[str, Any] | None:
-            if not (self.ranks.leads and path.exists()):
+            if not path.exists():
                 return None
             with self._of_this_training():
                 found: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             return found
 
-        state = self.ranks.gather(read)[0]
+        state = self.ranks.of_leader(read)
         if state is not None:
             self.ranks.gather(lambda: self._go_on_from(state))
 

@@ -98,7 +98,9 @@ DEVICE = Toaster()
 def test_one_file_each_goes_through_run(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     for package in PACKAGES:
-        shutil.copytree(ROOT / package, tree / package)
+        shutil.copytree(
+            ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__")
+        )
     (tree / "targets" / "runtimes" / "fake.py").write_text(RUNTIME)
     toaster = tree / "targets" / "devices" / "toaster"
     toaster.mkdir()

@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from benchmarks.accuracy import Ours
 from benchmarks.accuracy_runs import PER_ROUND
-from benchmarks.latency import pairs
+from benchmarks.latency import measure, pairs
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "latency.py"
 
@@ -55,10 +57,21 @@ def test_what_was_not_timed_has_its_reason(
     assert "does not load" in found["reason"]
 
 
+def test_a_network_and_images_come_to_be_measured(tmp_path: Path) -> None:
+    options = {"data": "digits", "input_size": 32, "images": 6, "calibration_images": 5}
+    ours = [Ours("w8a8", "pointwise", ("onnx",))]
+    found = measure(["zepto"], [1], {**options, "isa": "auto"}, tmp_path, ours, [])
+    assert found == []  # no peer, no pair
+    assert np.load(tmp_path / "zepto" / "evaluation.npy").shape == (6, 3, 32, 32)
+    assert (tmp_path / "zepto" / "ours-0-0" / "onnx-w8a8" / "model.onnx").is_file()
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [
         (("--models", "enormous"), "unknown model: enormous"),
+        (("--models", "isotropic-small"), "unknown model: isotropic-small"),
+        (("--models", ","), "none is named"),
         (("--threads", "0"), "--threads"),
         (("--threads", "two"), "--threads"),
         (("--data", "nowhere"), "nowhere"),

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import pipeline.quantize as quantize_module
 from calib.collect import collect
 from calib.layer import IntegerLayer, Unrounded
+from calib.layer import rounded as rounding_of
 from pipeline.arithmetic import LEAST_DIVISOR
 from pipeline.convnext import ConvNeXt, seeded
 from pipeline.fold import fold
@@ -260,18 +261,17 @@ def test_gamma_and_beta_that_are_scaled_change_nothing() -> None:
 def test_profiles_are_computed_apart_only_where_their_integers_differ(
     given: Given, monkeypatch: pytest.MonkeyPatch, scheme: Scheme, times: int
 ) -> None:
-    rounded = []
+    seen = []
 
     def counted(layer: Unrounded, *arguments: Any) -> IntegerLayer:
-        rounded.append(layer)
+        seen.append(layer)
         return rounding_of(layer, *arguments)
 
-    rounding_of = quantize_module.rounded
     monkeypatch.setattr(quantize_module, "rounded", counted)
     wanted = Wanted(scheme=scheme, placement="pointwise")
     _, arrays = quantize(given, HOW, wanted, labels=None, parents={})
     weights = [name for name in arrays if name.startswith("avx2/") and name.endswith(".weight")]
-    assert len(rounded) == times * len(weights)
+    assert len(seen) == times * len(weights)
     alike = [
         np.array_equal(arrays[name], arrays[name.replace("avx2", "full", 1)]) for name in weights
     ]

@@ -290,14 +290,32 @@ how = Finetuning(epochs=1, batch=8, block_weight=0.3, label_weight=0.1, drop_pat
 part = slice(rank * 8 // ranks, (rank + 1) * 8 // ranks)
 pixels = np.load(folder / "pixels.npy")[:8][part]
 labels = (np.arange(8) % 6)[part]
-loop = Loop(
-    student, float_network(*model), how, Feed(per_epoch=1, batches=lambda *_: iter(())),
-    keep=folder, ranks=Group(rank=rank, size=ranks), device=torch.device("cpu"),
-)
-line = loop.update(torch.from_numpy(pixels), torch.from_numpy(labels))
-grads = {f"grad{i}": p.grad.numpy() for i, p in enumerate(loop.learnt)}
-values = {f"value{i}": p.detach().numpy() for i, p in enumerate(loop.learnt)}
-np.savez(folder / f"{ranks}-{rank}.npz", loss=line["loss"], **grads, **values)
+keep = folder / f"{ranks}-{rank}"
+keep.mkdir()
+
+def made(student):
+    return Loop(
+        student, float_network(*model), how, Feed(per_epoch=2, batches=lambda *_: iter(())),
+        keep=keep, ranks=Group(rank=rank, size=ranks), device=torch.device("cpu"),
+    )
+
+def learnt(loop, name):
+    return {f"{name}{i}": p.detach().numpy().copy() for i, p in enumerate(loop.learnt)}
+
+loop = made(student)
+image, named = torch.from_numpy(pixels), torch.from_numpy(labels)
+line = loop.update(image, named)
+grads = {f"grad{i}": p.grad.numpy().copy() for i, p in enumerate(loop.learnt)}
+values = learnt(loop, "value")
+loop.save()
+loop.update(image, named)
+# Another process, on another machine: its folder holds no checkpoint.
+again = made(Student(*model))
+again._restore()
+assert again.step == 1
+again.update(image, named)
+after = learnt(loop, "on") | learnt(again, "again")
+np.savez(folder / f"{ranks}-{rank}.npz", loss=line["loss"], **grads, **values, **after)
 """
 
 
@@ -317,6 +335,9 @@ def test_a_batch_split_over_two_processes_gives_the_gradients_of_one(
     assert any(np.abs(one[name]).max() > 1e-4 for name in one if name.startswith("grad"))
     for name, value in one.items():
         assert np.array_equal(first[name], second[name]), f"{name} is not in step"
+        if name.startswith("again"):
+            for every in (one, first):
+                assert np.array_equal(every[name], every[name.replace("again", "on")]), name
         if name.startswith("grad") or name == "loss":
             most = max(1e-6, float(np.abs(value).max()))
             assert np.abs(first[name] - value).max() <= 1e-4 * most, name
