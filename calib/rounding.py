@@ -29,8 +29,6 @@ DAMPING = 0.01
 """Of the mean of a Hessian's diagonal, added to it (GPTQ's own value)."""
 BLOCK = 32
 """Columns between which errors are passed on at once; later columns get them together."""
-SUMMED = 1024
-"""Products of a second moment that are summed in float32."""
 RIDGE = 1.0
 """As damping, of ERQ's correction."""
 ADAROUND_STEPS, ADAROUND_BATCH, ADAROUND_RATE = 1500, 1024, 0.03
@@ -48,12 +46,7 @@ def second_moment(rows: Tensor, others: Tensor | None = None) -> Doubles:
         others: The same shape; None is `rows` themselves.
     """
     with_ = rows if others is None else others
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64)
-    # Few products are summed in float32, those sums in float64: as good, and twice as fast.
-    for start in range(0, len(rows), SUMMED):
-        part = slice(start, start + SUMMED)
-        total += rows[part].T @ with_[part]
-    return (total / len(rows)).numpy()
+    return (rows.T.double() @ with_.double() / len(rows)).numpy()
 
 
 def gptq(

@@ -129,7 +129,9 @@ class Recipe(_Strict):
     scheme: Scheme = "w8a8"
     runtimes: Annotated[tuple[str, ...], Field(min_length=1)] = RUNTIMES
     placement: str | None = None
-    method: RangeMethod | Literal["search"] = "search"
+    method: RangeMethod | Literal["search"] = Field(
+        default="search", description=f"search, {', '.join(get_args(RangeMethod))}"
+    )
     rounding: Rounding = "auto"
     max_drop: Percent | None = Field(default=None, description="a number, 0 to 100")
     float_layers: tuple[str, ...] = ()
@@ -279,13 +281,15 @@ def _validated(
         first = error.errors()[0]
         if not first["loc"]:
             # Settings that do not go together: the message says which.
+            said = first["msg"].partition(", ")[2] or first["msg"]
             raise UsageError(
-                f"{what if not flags else 'the options'}: {first['msg'].partition(', ')[2]}",
+                f"{what if not flags else 'the options'}: {said}",
                 allowed="settings that go together",
                 do="Leave one of them out",
             ) from error
         place = [str(part) for part in first["loc"]] or ["the table"]
-        name = ".".join(place)
+        # Of a choice between types pydantic names the one it tried.
+        name = ".".join(part for part in place if "[" not in part)
         what = "the options" if place[0] in flags else what
         raise UsageError(
             f"{what}: {name} is {first['input']!r} ({first['msg']})",
@@ -302,7 +306,7 @@ def _allowed(kind: type[_Strict], place: list[str], error: Mapping[str, Any]) ->
         return ", ".join(_annotations(table))
     expected = error.get("ctx", {}).get("expected")
     field = kind.model_fields.get(place[0])
-    return str(expected or (field and field.description) or error["msg"])
+    return str((field and field.description) or expected or error["msg"])
 
 
 def _table(kind: Any, name: str) -> Any:

@@ -37,6 +37,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LearningRate = Annotated[float, Field(gt=0, le=1)]
 Side = Annotated[int, Field(gt=0, le=4096)]
 """Of a square image, in pixels; larger ones need more memory than machines have."""
 CropRatio = Annotated[float, Field(ge=0.05, le=1)]
@@ -229,7 +230,7 @@ class Augmentation:
         magnitude: Of those operations, of 30.
     """
 
-    crop: Fraction = 0.7
+    crop: Annotated[float, Field(gt=0, le=1)] = 0.7
     flip: Fraction = 0.5
     colour: Fraction = 0.0
     randaugment: Annotated[int, Field(ge=0, le=15)] = 0
@@ -342,8 +343,8 @@ class Finetuning:
     epochs: PositiveInt = 2
     batch: PositiveInt = 64
     images: PositiveInt | None = None
-    rate: PositiveFloat = 7e-3
-    scale_rate: PositiveFloat = 1e-4
+    rate: LearningRate = 7e-3
+    scale_rate: LearningRate = 1e-4
     warm_up: Fraction = 0.05
     decay: NonNegative = 0.0
     clip: PositiveFloat = 3.0

@@ -61,6 +61,8 @@ EMBEDDED = Path(__file__).parent / "embedded" / "digits.safetensors"
 EMBEDDED_RECIPE = Path(__file__).parent / "embedded" / "recipe.toml"
 
 RECIPE, MODEL = "recipe.json", "model"
+PUBLISHED, LEFT = (MODEL, ARTIFACTS, PAGES), (REPORT, JUNIT, SUMMARY)
+"""Folders and files that another model takes the place of."""
 """Places in a run folder, beside artifacts/, stages/, logs/, samples/ and what `pipeline.conclude`
 writes."""
 
@@ -207,7 +209,7 @@ def preprocessing_of(recipe: Recipe, sidecar: Sidecar) -> Preprocessing:
 
 class _Run:
     def __init__(self, recipe: Recipe, out: Path, display: Display, beside: Path | None) -> None:
-        _check_place(out)
+        _check_place(out, beside)
         self.recipe = recipe
         self.out = out
         self.display = display
@@ -429,9 +431,9 @@ class _Run:
         """Lay the model where a person looks, and take away what an earlier one left."""
         told = [name for name in (TUNING, METRICS) if (integers / name).exists()]
         if publish(integers, self.out / MODEL, (*MODEL_FILES, *told)):
-            for folder in (ARTIFACTS, PAGES):
+            for folder in PUBLISHED[1:]:
                 shutil.rmtree(self.out / folder, ignore_errors=True)
-            for name in (REPORT, JUNIT, SUMMARY):
+            for name in LEFT:
                 (self.out / name).unlink(missing_ok=True)
 
     def _choices(
@@ -453,16 +455,26 @@ class _Run:
         )
 
 
-def _check_place(out: Path) -> None:
-    """Refuse a folder whose model/ or artifacts/ no run wrote: they would be replaced."""
-    ours = (out / "stages").is_dir() or (out / RECIPE).is_file()
-    others = [name for name in (MODEL, ARTIFACTS) if (out / name).exists()]
-    if others and not ours:
+def _check_place(out: Path, beside: Path | None) -> None:
+    """Refuse a folder that holds what would be replaced and no run wrote, or that is another's."""
+    place, why = out.resolve(), None
+    others = [name for name in (*PUBLISHED, *LEFT) if (out / name).exists()]
+    if others and not _of_a_run(out):
+        why = f"holds {' and '.join(others)}, and no run wrote it"
+    elif beside is not None and place == beside.resolve():
+        why = "is RUN_DIR itself, whose model and artifacts would be lost"
+    elif around := next((folder for folder in place.parents if _of_a_run(folder)), None):
+        why = f"lies in the run folder {around}, and would be lost with its next run"
+    if why is not None:
         raise UsageError(
-            f"--out {out} holds {' and '.join(others)}, and no run wrote it",
+            f"--out {out} {why}",
             allowed="a new or empty folder, or one of an earlier run",
             do="Give another --out",
         )
+
+
+def _of_a_run(folder: Path) -> bool:
+    return (folder / RECIPE).is_file() or any(folder.glob("stages/*/stage.json"))
 
 
 def _this_machine() -> DeviceInfo:

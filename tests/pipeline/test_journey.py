@@ -122,6 +122,35 @@ def test_somebody_s_own_folders_are_never_replaced(folder: str, tmp_path: Path) 
     assert not (tmp_path / "project" / "stages").exists()
 
 
+@pytest.mark.parametrize("kept", ["pages/mine.html", "report.json", "gate.md"])
+def test_nor_is_anything_else_that_a_run_would_take_away(kept: str, tmp_path: Path) -> None:
+    mine = tmp_path / "project" / kept
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years")
+    (tmp_path / "project" / "stages").mkdir()
+    done = cli("quantize", "--out", "project", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert f"holds {kept.partition('/')[0]}, and no run wrote it" in done.stderr
+    assert mine.read_text() == "years"
+
+
+def test_a_run_folder_keeps_what_it_holds(tmp_path: Path) -> None:
+    """Nothing is written into it but by its own commands."""
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    recipe = {"data": "digits", "scheme": "w4a8", "runtimes": ["onnx"]}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    for words, said in (
+        (("finetune", "run", "--out", "run"), "is RUN_DIR itself"),
+        (("finetune", "run", "--out", "run/model"), "lies in the run folder"),
+        (("quantize", "--out", "run/model/deeper"), "lies in the run folder"),
+    ):
+        done = cli(*words, cwd=tmp_path)
+        assert done.returncode == 2, done.stderr
+        assert said in done.stderr
+    assert {str(path.relative_to(run)) for path in run.rglob("*")} == {"model", "recipe.json"}
+
+
 def test_another_model_leaves_no_verdict_of_the_one_before(tmp_path: Path) -> None:
     words = (*RUN, "--eval-images", "10", "--budget", "pass.toml", "--out", "run")
     (tmp_path / "pass.toml").write_text("max_drop_pp = 50\n")
