@@ -37,7 +37,7 @@ PositiveInt = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-LearningRate = Annotated[float, Field(gt=0, le=1)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]
 Side = Annotated[int, Field(gt=0, le=4096)]
 """Of a square image, in pixels; larger ones need more memory than machines have."""
 CropRatio = Annotated[float, Field(ge=0.05, le=1)]

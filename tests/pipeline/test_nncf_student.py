@@ -51,7 +51,14 @@ NET = Architecture(depths=(1, 1), dims=(16, 32), classes=10)
 HOW = Preprocessing(input_size=SIZE)
 UPDATES, BATCH = 5, 4
 LEARNING = Finetuning(
-    engine="nncf", epochs=1, batch=BATCH, rate=0.3, scale_rate=0.01, warm_up=0.0, average=0.0
+    engine="nncf",
+    epochs=1,
+    batch=BATCH,
+    rate=0.3,
+    scale_rate=0.01,
+    warm_up=0.0,
+    average=0.0,
+    block_weight=0.0,
 )
 BLOCK = "stages/0/blocks/0"
 ASYMMETRIC: dict[str, Any] = {
