@@ -245,8 +245,13 @@ def main() -> None:
     add("--json", type=Path, required=True, help="where the document goes")
     options = vars(parser.parse_args())
     target, work = options.pop("json"), options.pop("work")
+    in_one_line(measure, target, work, options)
+
+
+def in_one_line(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function; what it cannot do is said in one line, and the exit code is not 0."""
     try:
-        measure(target, work, options)
+        function(*arguments)
     except EdgeError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -270,11 +275,7 @@ def measure(target: Path, work: Path | None, options: Row) -> None:
     stated = {k: Path(v).name if k in names and v else v for k, v in asdict(settings).items()}
     document = {
         "settings": stated,
-        "cpu": cpu_name(),
-        "isa": isa_flags(),
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "packages": library_versions(PACKAGES),
+        **machine(),
         "load_before": load,
         "seconds": round(time.monotonic() - begin, 1),
         **bench.prepared,
@@ -283,6 +284,17 @@ def measure(target: Path, work: Path | None, options: Row) -> None:
     }
     write_atomic(target, (json.dumps(document, indent=1) + "\n").encode())
     print_table(document, Console(width=None if sys.stdout.isatty() else 200))
+
+
+def machine() -> Row:
+    """Return what a document says of where it was measured."""
+    return {
+        "cpu": cpu_name(),
+        "isa": isa_flags(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "packages": library_versions(PACKAGES),
+    }
 
 
 def settings_of(options: Row) -> runs.Settings:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -27,14 +26,14 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import accuracy_runs as runs
-from benchmarks.accuracy import PACKAGES, Bench, Ours, check_places
+from benchmarks.accuracy import Bench, Ours, check_places, in_one_line, machine
 from benchmarks.accuracy_peers import PEERS, Peer
 from pipeline import words
-from pipeline.errors import EdgeError, UsageError
+from pipeline.errors import UsageError
 from pipeline.records import Architecture
 from pipeline.statistics import ratio_interval
-from pipeline.store import cannot_write, library_versions, write_atomic
-from targets.devices.local import cpu_name, host_isa, isa_flags
+from pipeline.store import write_atomic
+from targets.devices.local import host_isa
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -44,7 +43,6 @@ Row = dict[str, Any]
 HOSTS = ("onnx", "openvino", "tflite")
 """Runtimes that run here."""
 CLASSES, SEED = 10, 0
-ROOT = Path(__file__).parents[1]
 
 
 def ways() -> tuple[Ours, ...]:
@@ -184,14 +182,7 @@ def main() -> None:
     add("--json", type=Path, required=True, help="where the document goes")
     options = vars(parser.parse_args())
     target, work = options.pop("json"), options.pop("work")
-    try:
-        _run(target, work, options)
-    except EdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:
-        print(f"error: {cannot_write(error.filename or 'the work folder', error)}", file=sys.stderr)
-        sys.exit(1)
+    in_one_line(_run, target, work, options)
 
 
 def _run(target: Path, work: Path | None, options: Row) -> None:
@@ -217,11 +208,7 @@ def _run(target: Path, work: Path | None, options: Row) -> None:
         rows = measure(models, threads, options, work or Path(folder), ways(), peers)
     document: Row = {
         "settings": {**options, "models": models, "threads": threads},
-        "cpu": cpu_name(),
-        "isa": isa_flags(),
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "packages": library_versions(PACKAGES),
+        **machine(),
         "load_before": load,
         "seconds": round(time.monotonic() - begin, 1),
         "rows": rows,

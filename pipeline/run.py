@@ -61,10 +61,10 @@ EMBEDDED = Path(__file__).parent / "embedded" / "digits.safetensors"
 EMBEDDED_RECIPE = Path(__file__).parent / "embedded" / "recipe.toml"
 
 RECIPE, MODEL = "recipe.json", "model"
-PUBLISHED, LEFT = (MODEL, ARTIFACTS, PAGES), (REPORT, JUNIT, SUMMARY)
-"""Folders and files that another model takes the place of."""
 """Places in a run folder, beside artifacts/, stages/, logs/, samples/ and what `pipeline.conclude`
 writes."""
+PUBLISHED, LEFT = (MODEL, ARTIFACTS, PAGES), (REPORT, JUNIT, SUMMARY)
+"""Folders and files that another model takes the place of."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -169,6 +169,13 @@ def test_a_budget_of_drop_is_what_the_gate_asks_too() -> None:
     assert other == Budget(max_drop_pp=0.5, require=("tflite",))
 
 
+def test_a_choice_between_types_is_named_as_it_is_written() -> None:
+    with pytest.raises(UsageError, match="method is 'foo'") as caught:
+        load_recipe(None, {"method": "foo"})
+    assert "literal" not in str(caught.value)
+    assert "Allowed: search, min-max" in str(caught.value)
+
+
 def test_a_layer_is_named_once() -> None:
     assert Recipe(float_layers=("a", "b", "a")).float_layers == ("a", "b")
 
