@@ -185,7 +185,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(
         (("--crop", "2"), "finetune.augmentation.crop is 2.0"),
         (("--data", "nowhere"), "nowhere"),
         (
-            ("--logit-weight", "0", "--kl-weight", "0"),
+            ("--logit-weight", "0", "--kl-weight", "0", "--block-weight", "0"),
             "logit_weight, kl_weight, block_weight and label_weight are all 0",
         ),
     ],
