@@ -37,14 +37,21 @@ POINTWISE = frozenset({Layer.PW1, Layer.PW2})
 PLACEMENTS: dict[str, Placement] = {
     "pointwise": Placement(layers=POINTWISE, outputs=False),
     "pointwise-io": Placement(layers=POINTWISE, outputs=True),
+    "pointwise-depthwise": Placement(layers=POINTWISE | {Layer.DEPTHWISE}, outputs=True),
+    "dense": Placement(layers=frozenset(Layer) - {Layer.DEPTHWISE}, outputs=True),
     "all": Placement(layers=frozenset(Layer), outputs=True),
 }
-"""From the narrowest to the widest: each quantizes every site of those before it."""
+"""The last one quantizes every site of the others."""
 
 
 def widest(names: Collection[str]) -> str:
-    """Return the placement that contains the others."""
-    return next(name for name in reversed(PLACEMENTS) if name in names)
+    """Return the narrowest placement that quantizes every site of these."""
+    wanted = [PLACEMENTS[name] for name in names]
+    layers = frozenset[Layer]().union(*(one.layers for one in wanted))
+    outputs = any(one.outputs for one in wanted)
+    return next(
+        name for name, one in PLACEMENTS.items() if one.layers >= layers and one.outputs >= outputs
+    )
 
 
 def quantized_sites(

@@ -48,6 +48,7 @@ class Capabilities:
         schemes: Schemes it can express.
         placements: Placements it can express; the first is the default.
         graph_forms: Forms it can emit; the first is the default.
+        placements_of_form: Those of a form that cannot express all of `placements`.
         gelu: The form of GELU it emits: tanh or erf.
         float_layers: Layers that compute in floats whatever the placement, with the reason. Where
             the site that they read is quantized, it is with the placement's integers, dequantized:
@@ -63,6 +64,7 @@ class Capabilities:
     schemes: tuple[Scheme, ...] = ("float", "w8a8", "w4a8")
     placements: tuple[str, ...] = tuple(PLACEMENTS)
     graph_forms: tuple[str, ...]
+    placements_of_form: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     gelu: Literal["tanh", "erf"]
     float_layers: Mapping[Layer, str] = field(default_factory=dict)
     unsupported_schemes: Mapping[Scheme, str] = field(default_factory=dict)
@@ -248,10 +250,11 @@ def check_expressible(wanted: Export, known: Runtime) -> None:
     """
     can = known.capabilities
     quantized = wanted.scheme != "float"
+    placements = can.placements_of_form.get(wanted.graph_form, can.placements)
     for word, value, allowed in (
         ("scheme", wanted.scheme, can.schemes),
         ("graph form", wanted.graph_form, can.graph_forms),
-        *((("placement", wanted.placement, can.placements),) if quantized else ()),
+        *((("placement", wanted.placement, placements),) if quantized else ()),
     ):
         if value not in allowed:
             why = can.unsupported_schemes.get(wanted.scheme) if word == "scheme" else None

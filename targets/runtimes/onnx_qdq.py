@@ -1,9 +1,10 @@
 """ONNX with quantize/dequantize pairs, for onnxruntime.
 
-In: a `Graph`. Out: one .onnx file (opset 20, external data never used). The form is channels-last
-linear: LayerNorm, GELU and the pointwise layers work on rows of channels, so that onnxruntime fuses
-each dequantize-Gemm into one QGemm with float output; only convolutions see NCHW. Activations are
-uint8 (the contract's int8 + 128), which is what MLAS's u8 x s8 kernels take.
+In: a `Graph`. Out: one .onnx file (opset 20, external data never used). In the form `channels-last
+linear` LayerNorm, GELU and the pointwise layers work on rows of channels, so that onnxruntime fuses
+each dequantize-Gemm into one QGemm with float output; only convolutions see NCHW. In the form `1x1
+convolution` pointwise layers are convolutions too, which become integer where they write integers.
+Activations are uint8 (the contract's int8 + 128), which is what MLAS's u8 x s8 kernels take.
 
 Where no site says on which grid a linear layer reads (w8a8-dynamic), onnxruntime finds one for each
 inference and multiplies in integers: DynamicQuantizeLinear and MatMulInteger, which it fuses into
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.arithmetic import along_rows
+from pipeline.placements import PLACEMENTS
 from pipeline.records import Proof
 from targets import graph as g
 from targets.base import (
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     from targets.base import Image, Logits, Session
 
 OPSET, IR_VERSION = 20, 9
+LINEAR, CONVOLUTION = "channels-last linear", "1x1 convolution"
 FLOAT = 1
 """onnx.TensorProto.FLOAT."""
 INTEGER_OPS = (
@@ -72,7 +75,11 @@ class OnnxRuntime:
         extra="onnx",
         distributions=("onnx", "onnxruntime"),
         schemes=("float", "w8a8", "w4a8", "w8a8-dynamic", "w8"),
-        graph_forms=("channels-last linear",),
+        graph_forms=(LINEAR, CONVOLUTION),
+        # A QLinearConv writes integers.
+        placements_of_form={
+            CONVOLUTION: tuple(name for name, one in PLACEMENTS.items() if one.outputs)
+        },
         gelu="erf",
         unsupported_schemes={
             "w4a4": NO_FOUR_BITS,
@@ -202,24 +209,30 @@ class _Emitter:
                 msg = f"{type(op).__name__} has no ONNX form"
                 raise NotImplementedError(msg)
 
-    def _conv(self, op: g.Conv) -> None:
+    def _conv(self, op: g.Conv | g.Linear) -> None:
+        """Emit a convolution, or a linear layer as one of 1x1."""
+        stride, padding, groups = (
+            (op.stride, op.padding, op.groups) if isinstance(op, g.Conv) else (1, 0, 1)
+        )
         out = self._node(
             "Conv",
-            [self._as(op.inputs[0], "NCHW"), *self._weights(op, out_axis=0)],
+            [self._as(op.inputs[0], "NCHW"), *self._weights(op, _kernel_shape(op))],
             op.name,
-            strides=[op.stride] * 2,
-            pads=[op.padding] * 4,
-            group=op.groups,
-            kernel_shape=list(op.weight.shape[2:]),
+            strides=[stride] * 2,
+            pads=[padding] * 4,
+            group=groups,
+            kernel_shape=_kernel_shape(op)[2:],
         )
         self._put(op, "NCHW", out)
 
     def _linear(self, op: g.Linear) -> None:
-        source = self._as(op.inputs[0], "rows")
         if op.integers is not None and self.graph.export.scheme == "w8a8-dynamic":
-            out = self._dynamic_linear(op.name, source, op.integers)
+            out = self._dynamic_linear(op.name, self._as(op.inputs[0], "rows"), op.integers)
+        elif self.graph.export.graph_form == CONVOLUTION and len(op.shape) > 1:
+            self._conv(op)
+            return
         else:
-            out = self._node("Gemm", [source, *self._weights(op, out_axis=1)], op.name)
+            out = self._node("Gemm", [self._as(op.inputs[0], "rows"), *self._weights(op)], op.name)
         self._put(op, "rows", out)
 
     def _dynamic_linear(self, name: str, source: str, layer: g.Integers) -> str:
@@ -233,19 +246,22 @@ class _Emitter:
         product = self._node("Mul", [value, step], f"{name}.product")
         return self._node("Add", [product, self._constant(f"{name}.bias", layer.bias)], name)
 
-    def _weights(self, op: g.Weighted, *, out_axis: int) -> list[str]:
-        """Emit weight and bias; the output channels of the stored weight lie on `out_axis`."""
-        turn = np.transpose if out_axis else np.asarray
+    def _weights(self, op: g.Weighted, kernel: Sequence[int] | None = None) -> list[str]:
+        """Emit weight and bias: of a convolution's shape, or transposed as Gemm takes them."""
+
+        def laid_out(values: NDArray[Any]) -> NDArray[Any]:
+            return values.T if kernel is None else values.reshape(kernel)
+
+        out_axis = 1 if kernel is None else 0
         if op.integers is None:
-            weight = self._constant(f"{op.name}.weight", turn(op.weight))
+            weight = self._constant(f"{op.name}.weight", laid_out(op.weight))
             return [weight, self._constant(f"{op.name}.bias", op.bias)]
-        layer = op.integers
+        layer, name = op.integers, f"{op.name}.weight"
+        q = laid_out(layer.weight)
         if layer.bias_scales is None:
             bias = self._constant(f"{op.name}.bias", layer.bias)
-            return [self._unpacked(f"{op.name}.weight", turn(layer.weight), layer, out_axis), bias]
-        weight = self._dequantize(
-            f"{op.name}.weight", turn(layer.weight), layer.weight_scales, out_axis
-        )
+            return [self._unpacked(name, q, layer, out_axis), bias]
+        weight = self._dequantize(name, q, layer.weight_scales, out_axis)
         return [weight, self._dequantize(f"{op.name}.bias", layer.bias, layer.bias_scales, 0)]
 
     def _unpacked(self, name: str, q: NDArray[np.int8], layer: g.Integers, out_axis: int) -> str:
@@ -344,6 +360,11 @@ class _Emitter:
         from onnx import helper
 
         self.nodes.append(helper.make_node(kind, inputs, outputs, outputs[0], **attributes))
+
+
+def _kernel_shape(op: g.Conv | g.Linear) -> list[int]:
+    """Return the shape of a weight as a convolution's: (out, in, height, width)."""
+    return [*op.weight.shape, 1, 1] if isinstance(op, g.Linear) else [*op.weight.shape]
 
 
 RUNTIME = OnnxRuntime()

@@ -1,9 +1,10 @@
 """OpenVINO IR, built op by op.
 
-In: a `Graph`. Out: model.xml with model.bin beside it, NCHW. Pointwise layers are 1x1 convolutions,
-into whose integer kernels OpenVINO fuses the erf form of GELU; LayerNorm is an MVN over the channel
-axis, so nothing is ever transposed. Activations are FakeQuantize with 256 levels, weights int8
-constants behind Convert and Multiply.
+In: a `Graph`. Out: model.xml with model.bin beside it, NCHW. In the form `1x1 convolution`
+pointwise layers are convolutions, into whose integer kernels OpenVINO fuses the erf form of GELU;
+LayerNorm is an MVN over the channel axis, so nothing is ever transposed. In the form `channels-last
+linear` they are matrix products, and each block is transposed behind its depthwise layer and back.
+Activations are FakeQuantize with 256 levels, weights int8 constants behind Convert and Multiply.
 
 In w8 that is all there is, and the file says so in its runtime_options: OpenVINO quantizes by
 itself what a linear layer with int8 weights reads, unless it is told not to.
@@ -32,11 +33,19 @@ from targets.base import (
 from targets.runtimes._counts import computing_layers
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from numpy.typing import NDArray
 
     from pipeline.records import Quantization
     from targets.base import Image, Logits, Session
 
+    Along = Callable[[NDArray[Any]], NDArray[Any]]
+    """Lays values of channels along a tensor's channel axis."""
+
+CONVOLUTION, LINEAR = "1x1 convolution", "channels-last linear"
+TO_NHWC, TO_NCHW = (0, 2, 3, 1), (0, 3, 1, 2)
 INTEGER_PRECISIONS = ("i8", "u8")
 WEIGHTED_TYPES = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 UNPACKING_TYPES = ("Convert", "Multiply")
@@ -44,6 +53,8 @@ LAYOUT_TYPES = ("Transpose",)
 LEVELS = ACTIVATION_MAX - ACTIVATION_MIN + 1
 FLOAT_OPS = (g.Norm, g.Add, g.Mean, g.Scale, g.Shift, g.ResponseNorm)
 """What computes in floats, whatever it reads."""
+CHANNELWISE = (g.Shift, g.Scale, g.Gelu, g.QuantizePair, g.ResponseNorm)
+"""What may lie in either layout: it stays in that of what it reads."""
 DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 PARITY = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
 """Without the hint OpenVINO may compute in bf16 where the CPU has it."""
@@ -59,7 +70,7 @@ class OpenVino:
         extra="openvino",
         distributions=("openvino",),
         schemes=("float", "w8a8", "w4a8", "w8"),
-        graph_forms=("1x1 convolution",),
+        graph_forms=(CONVOLUTION, LINEAR),
         gelu="erf",
         unsupported_schemes={
             "w4a4": NO_FOUR_BITS,
@@ -163,44 +174,67 @@ def _compile(path: Path, *, threads: int) -> Any:
 
 
 class _Emitter:
-    """Walks the graph once."""
+    """Walks the graph once; every value lies in NCHW, and in NHWC where its form asks for it."""
 
     def __init__(self, graph: g.Graph) -> None:
         from openvino import opset13
 
         self.ov = opset13
         self.graph = graph
-        self.values: dict[str, Any] = {}
+        self.nchw: dict[str, Any] = {}
+        self.nhwc: dict[str, Any] = {}
 
     def model(self) -> Any:
         import openvino
 
         for op in self.graph.ops:
-            node = self._emit(op)
+            last = self._is_last(op)
+            node = self._emit(op, last=last)
             node.set_friendly_name(op.name)
-            self.values[op.name] = node
-        image, logits = (self.values[self.graph.ops[i].name] for i in (0, -1))
+            (self.nhwc if last else self.nchw)[op.name] = node
+        image, logits = (self.nchw[self.graph.ops[i].name] for i in (0, -1))
         image.output(0).set_names({INPUT_NAME})
         logits.output(0).set_names({OUTPUT_NAME})
         return openvino.Model([logits], [image], "convnext")
 
-    def _emit(self, op: g.Op) -> Any:
+    def _is_last(self, op: g.Op) -> bool:
+        """Return whether an operation is done with its channels last."""
+        if self.graph.export.graph_form != LINEAR or len(op.shape) == 1:
+            return False
+        pointwise = isinstance(op, g.Norm | g.Linear)
+        return pointwise or (isinstance(op, CHANNELWISE) and op.inputs[0] in self.nhwc)
+
+    def _value(self, name: str, *, last: bool) -> Any:
+        """Return a value in a layout, transposed at most once."""
+        known, other = (self.nhwc, self.nchw) if last else (self.nchw, self.nhwc)
+        if name not in known:
+            order = TO_NHWC if last else TO_NCHW
+            known[name] = self.ov.transpose(other[name], np.array(order))
+        return known[name]
+
+    def _emit(self, op: g.Op, *, last: bool) -> Any:
         ov = self.ov
-        x = [self.values[name] for name in op.inputs]
+        x = [self._value(name, last=last) for name in op.inputs]
+
+        def along(values: NDArray[Any]) -> NDArray[Any]:
+            return values if last else along_rows(values, len(op.shape))
+
         match op:
             case g.Input():
                 batch = -1 if self.graph.export.batch == "dynamic" else self.graph.export.batch
                 return ov.parameter([batch, *op.shape], np.float32, INPUT_NAME)
+            case g.Linear() if last or len(op.shape) == 1:
+                return self._linear(op, x[0])
             case g.Conv() | g.Linear():
                 return self._layer(op, x[0])
             case g.Norm():
-                return self._norm(op, x[0])
+                return self._norm(op, x[0], along, np.array([-1 if last else 1]))
             case g.ResponseNorm():
-                return self._response_norm(op, x[0])
+                return self._response_norm(op, x[0], along, (1, 2) if last else (2, 3))
             case g.Shift():
-                return ov.add(x[0], _per_channel(op.bias))
+                return ov.add(x[0], along(op.bias))
             case g.Scale():
-                return ov.multiply(x[0], along_rows(op.weight, len(op.shape)))
+                return ov.multiply(x[0], along(op.weight))
             case g.Gelu():
                 return self._gelu(op, x[0])
             case g.Add():
@@ -235,9 +269,12 @@ class _Emitter:
                 return self._conv(ov.group_convolution, op, x, shape, op.stride, op.padding)
             case g.Conv():
                 return self._conv(ov.convolution, op, x, shape, op.stride, op.padding)
-            case g.Linear(shape=(_, _, _)):
-                return self._conv(ov.convolution, op, x, (*shape, 1, 1), 1, 0)
-        return ov.add(ov.matmul(x, self._weight(op, shape), False, True), op.values()[1])
+        return self._conv(ov.convolution, op, x, (*shape, 1, 1), 1, 0)
+
+    def _linear(self, op: g.Linear, x: Any) -> Any:
+        ov = self.ov
+        weight = self._weight(op, op.weight.shape)
+        return ov.add(ov.matmul(x, weight, False, True), op.values()[1])
 
     def _gelu(self, op: g.Gelu, x: Any) -> Any:
         ov, form = self.ov, self.graph.export.gelu
@@ -247,24 +284,25 @@ class _Emitter:
         last = np.array([-1])
         return ov.squeeze(ov.gelu(ov.unsqueeze(x, last), form), last)
 
-    def _norm(self, op: g.Norm, x: Any) -> Any:
+    def _norm(self, op: g.Norm, x: Any, along: Along, channels: NDArray[Any]) -> Any:
         ov, source = self.ov, self.graph[op.inputs[0]]
         if isinstance(source, g.QuantizePair):
             # It cuts nothing off, but without it OpenVINO takes the mean of uint8 values before
             # it subtracts their zero point, which costs the mean its last bits.
             x = ov.maximum(x, _ends(source.parameters)[0])
-        y = ov.mvn(x, np.array([1]), True, op.eps, "inside_sqrt")
+        y = ov.mvn(x, channels, True, op.eps, "inside_sqrt")
         if op.weight is None or op.bias is None:
             return y
-        gamma, beta = (along_rows(values, len(op.shape)) for values in (op.weight, op.bias))
-        return ov.add(ov.multiply(y, gamma), beta)
+        return ov.add(ov.multiply(y, along(op.weight)), along(op.bias))
 
-    def _response_norm(self, op: g.ResponseNorm, x: Any) -> Any:
-        ov = self.ov
-        response = ov.reduce_l2(x, np.array([2, 3]), keep_dims=True)
-        mean = ov.reduce_mean(response, np.array([1]), keep_dims=True)
+    def _response_norm(
+        self, op: g.ResponseNorm, x: Any, along: Along, places: tuple[int, int]
+    ) -> Any:
+        ov, (channels,) = self.ov, {1, 2, 3} - {*places}
+        response = ov.reduce_l2(x, np.array(places), keep_dims=True)
+        mean = ov.reduce_mean(response, np.array([channels]), keep_dims=True)
         relative = ov.divide(response, ov.add(mean, np.float32(op.eps)))
-        factor = ov.add(ov.multiply(relative, _per_channel(op.weight)), np.float32(1))
+        factor = ov.add(ov.multiply(relative, along(op.weight)), np.float32(1))
         return ov.multiply(x, factor)
 
     def _conv(

@@ -7,11 +7,16 @@ LayerNorm: it becomes seven float ops.
 
 A layer with int8 weights whose input is float quantizes that itself when it runs (w8a8-dynamic). In
 w8 a DEQUANTIZE of its weights, which the runtime does once, makes it a float layer.
+
+XNNPACK has depthwise kernels of up to 25 taps; a float 7x7 it computes as a general convolution,
+channel by channel. So in the form `NHWC-native, depthwise in parts` such a layer is the sum of its
+inner 5x5 and the frame around it: what is left of rows, and of columns, are dilated convolutions.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from math import floor
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +38,7 @@ from targets.runtimes._counts import computing_layers
 from targets.runtimes._tflite_file import TfliteFile, load, not_tflite
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -42,6 +48,9 @@ if TYPE_CHECKING:
 
 WEIGHTED_OPS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 INT16 = 16
+WHOLE, IN_PARTS = "NHWC-native", "NHWC-native, depthwise in parts"
+MOST_TAPS = 25
+"""Of XNNPACK's depthwise kernels."""
 GELU_MINIMUM = -0.171
 """A little less than either form of GELU ever is."""
 QUANTIZE_OPS = ("QUANTIZE", "DEQUANTIZE")
@@ -58,10 +67,10 @@ class TfLite:
         extra="tflite",
         distributions=("ai-edge-litert",),
         schemes=("float", "w8a8", "w4a8", "w8a16", "w8a8-dynamic", "w8"),
-        graph_forms=("NHWC-native",),
+        graph_forms=(IN_PARTS, WHOLE),
         gelu="erf",
         # Its integer kernels write integers.
-        placements=("pointwise-io", "all"),
+        placements=("pointwise-io", "pointwise-depthwise", "dense", "all"),
         float_layers=FLOAT_LAYERS,
         unsupported_schemes={"w4a4": NO_FOUR_BITS},
         default_isa="arm",
@@ -80,12 +89,13 @@ class TfLite:
         names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
         int8, counts = schema.TensorType.INT8, Counter[str]()
         unpacked, integer, packed = set[int](), 0, 0
+        layers = {op.name for op in graph.weighted}
         for op in model.subgraphs[0].operators:
             kind = names[model.operatorCodes[op.opcodeIndex].builtinCode]
             counts[kind] += 1
             if kind == "DEQUANTIZE" and tensors[op.inputs[0]].buffer:
                 unpacked |= set(op.outputs) if tensors[op.inputs[0]].type == int8 else set()
-            elif kind in WEIGHTED_OPS:
+            elif kind in WEIGHTED_OPS and _layer(tensors[op.inputs[1]]) in layers:
                 # With int8 weights it computes in integers, whatever it reads.
                 integer += tensors[op.inputs[1]].type == int8
                 packed += op.inputs[1] in unpacked
@@ -130,6 +140,34 @@ class TfLite:
             return logits
 
         return run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Some rows and columns of a convolution's kernel; their steps are its dilation."""
+
+    rows: range
+    columns: range
+
+    def of(self, weight: NDArray[Any]) -> NDArray[Any]:
+        """Return this part of a weight (out, in, height, width)."""
+        return weight[:, :, self.rows][..., self.columns]
+
+
+def _frames(size: int) -> list[_Part]:
+    """Cut a square kernel of odd size into its frames and what is left inside them.
+
+    Each part lies around the kernel's centre, so all read the same input with the same padding.
+    """
+    parts, low, high = list[_Part](), 0, size
+    while (high - low) ** 2 > MOST_TAPS:
+        edges, inside = range(low, high, high - low - 1), range(low + 1, high - 1)
+        parts += [
+            _Part(rows=edges, columns=range(low, high)),
+            _Part(rows=inside, columns=edges),
+        ]
+        low, high = low + 1, high - 1
+    return [_Part(rows=range(low, high), columns=range(low, high)), *parts]
 
 
 class _Emitter:
@@ -187,26 +225,45 @@ class _Emitter:
                 raise NotImplementedError(msg)
 
     def _weighted(self, op: g.Conv | g.Linear) -> None:
+        layer = op.integers
+        if layer is None or layer.bias_scales is None or op.layer in FLOAT_LAYERS:
+            self._float_layer(op)
+        else:
+            self._integer_layer(op, layer, layer.bias_scales)
+
+    def _float_layer(self, op: g.Conv | g.Linear) -> None:
+        """Emit a layer that reads and writes floats, as the sum of the parts of its kernel."""
+        source = self._padded(op, self._float(op.inputs[0]))
+        total, bias = None, op.values()[1]
+        for index, part in enumerate(self._parts(op)):
+            kind, weight_axis, options = self._kernel(op, part)
+            name = f"{op.name}.{index}" if index else op.name
+            weight = self._float_weight(op, part, name, weight_axis)
+            added = self.file.constant(f"{name}.bias", np.zeros_like(bias) if index else bias)
+            out = self._float_op(kind, name, [source, weight, added], op.shape, options)
+            total = out if total is None else self._binary("ADD", op.name, total, out, op.shape)
+
+    def _float_weight(self, op: g.Conv | g.Linear, part: _Part | None, name: str, axis: int) -> int:
+        layer, name = op.integers, f"{name}.weight"
+        whole = op.weight if layer is None else layer.weight
+        values = self._ohwi(op, whole if part is None else part.of(whole))
+        if layer is None:
+            return self.file.constant(name, values)
+        weight = self.file.constant(name, values, self.file.per_channel(layer.weight_scales, axis))
+        if self.graph.export.scheme == "w8a8-dynamic" and op.layer not in FLOAT_LAYERS:
+            return weight
+        return self.file.dequantized(f"{name}.float", weight)
+
+    def _integer_layer(
+        self, op: g.Conv | g.Linear, layer: g.Integers, bias_scales: NDArray[np.float32]
+    ) -> None:
         kind, weight_axis, options = self._kernel(op)
-        if op.integers is None:
-            weight = self.file.constant(f"{op.name}.weight", self._ohwi(op, op.weight))
-            bias = self.file.constant(f"{op.name}.bias", op.bias)
-            source = self._padded(op, self._float(op.inputs[0]))
-            self._float_op(kind, op.name, [source, weight, bias], op.shape, options)
-            return
-        layer, site = op.integers, self.graph.output_site(op)
         weight = self.file.constant(
             f"{op.name}.weight",
             self._ohwi(op, layer.weight),
             self.file.per_channel(layer.weight_scales, weight_axis),
         )
-        if layer.bias_scales is None or op.layer in FLOAT_LAYERS:
-            if self.graph.export.scheme != "w8a8-dynamic":
-                weight = self.file.dequantized(f"{op.name}.weight.float", weight)
-            bias = self.file.constant(f"{op.name}.bias", op.values()[1])
-            source = self._padded(op, self._float(op.inputs[0]))
-            self._float_op(kind, op.name, [source, weight, bias], op.shape, options)
-            return
+        site = self.graph.output_site(op)
         assert site is not None, f"{op.name} writes integers and has no output site"
         steps: NDArray[Any] = layer.bias
         if site.parameters.bits == INT16:
@@ -215,13 +272,18 @@ class _Emitter:
                 options.quantizedBiasType = getattr(
                     self.schema.TensorType, steps.dtype.name.upper()
                 )
-        bias = self.file.constant(
-            f"{op.name}.bias", steps, self.file.per_channel(layer.bias_scales, 0)
-        )
+        bias = self.file.constant(f"{op.name}.bias", steps, self.file.per_channel(bias_scales, 0))
         source = self._padded(op, self.integers[op.inputs[0]])
         out = self._integer_tensor(op.name, op.shape, site.parameters)
         self.file.operator(kind, [source, weight, bias], [out], options)
         self.integers[op.name] = out
+
+    def _parts(self, op: g.Conv | g.Linear) -> Sequence[_Part | None]:
+        """Cut a kernel into parts that XNNPACK has depthwise kernels for; None is all of it."""
+        dynamic = op.integers is not None and self.graph.export.scheme == "w8a8-dynamic"
+        if self.graph.export.graph_form != IN_PARTS or dynamic or not _can_be_parted(op):
+            return [None]
+        return _frames(op.weight.shape[-1])
 
     def _sums_in_int32(self, op: g.Conv | g.Linear, layer: g.Integers) -> bool:
         """Return whether an int16 layer's sums fit whatever it reads.
@@ -261,7 +323,7 @@ class _Emitter:
             return out
         return source
 
-    def _kernel(self, op: g.Conv | g.Linear) -> tuple[str, int, Any]:
+    def _kernel(self, op: g.Conv | g.Linear, part: _Part | None = None) -> tuple[str, int, Any]:
         schema = self.schema
         if isinstance(op, g.Linear):
             return (
@@ -272,7 +334,8 @@ class _Emitter:
         same = op.padding and _pads_by_itself(op)
         padding = schema.Padding.SAME if same else schema.Padding.VALID
         common = {"strideH": op.stride, "strideW": op.stride, "padding": padding}
-        common |= {"dilationHFactor": 1, "dilationWFactor": 1}
+        height, width = (part.rows.step, part.columns.step) if part else (1, 1)
+        common |= {"dilationHFactor": height, "dilationWFactor": width}
         if op.groups > 1:
             options = self.file.options("DepthwiseConv2DOptions", depthMultiplier=1, **common)
             return "DEPTHWISE_CONV_2D", 3, options
@@ -377,6 +440,15 @@ class _Emitter:
         tensor = self.file.integer_tensor(f"{name}.q", self._nhwc(shape), parameters)
         self.parameters[tensor] = parameters
         return tensor
+
+
+def _layer(weight: Any) -> str:
+    """Return what a weight's tensor belongs to: a layer, or a part of one after its first."""
+    return str(weight.name.decode()).removesuffix(".float").removesuffix(".weight")
+
+
+def _can_be_parted(op: g.Conv | g.Linear) -> bool:
+    return isinstance(op, g.Conv) and op.groups > 1 and op.stride == 1
 
 
 def _pads_by_itself(op: g.Conv | g.Linear) -> bool:

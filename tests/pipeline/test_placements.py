@@ -1,8 +1,6 @@
-"""Placements: each contains the one before it, and layers are checked by name."""
+"""Placements: the last contains the others, and layers are checked by name."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 
@@ -15,11 +13,26 @@ NET = Architecture(depths=(1,), dims=(8,), classes=2)
 NAMES = [name for name, _, _ in layers(empty(NET))]
 
 
-def test_each_contains_those_before_it() -> None:
-    for narrow, wide in itertools.pairwise(PLACEMENTS.values()):
-        assert narrow.layers <= wide.layers
-        assert narrow.outputs <= wide.outputs
-    assert widest(["pointwise", "all", "pointwise-io"]) == "all"
+def test_the_last_contains_the_others() -> None:
+    last = list(PLACEMENTS.values())[-1]
+    assert all(
+        one.layers <= last.layers and one.outputs <= last.outputs for one in PLACEMENTS.values()
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["pointwise"], "pointwise"),
+        (["pointwise", "pointwise-io"], "pointwise-io"),
+        (["pointwise", "dense"], "dense"),
+        (["pointwise-depthwise", "pointwise-io"], "pointwise-depthwise"),
+        (["pointwise-depthwise", "dense"], "all"),
+        (["pointwise", "all", "pointwise-io"], "all"),
+    ],
+)
+def test_widest_quantizes_every_site_of_the_others(names: list[str], expected: str) -> None:
+    assert widest(names) == expected
 
 
 def test_an_unknown_layer_is_answered_with_those_like_it() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from functools import cache
@@ -196,10 +198,14 @@ def int8_of_tflite(path: Path) -> Iterator[NDArray[np.int8]]:
     from ai_edge_litert import schema_py_generated as schema
 
     model = schema.ModelT.InitFromPackedBuf(path.read_bytes())
+    found = defaultdict[str, list[NDArray[np.int8]]](list)
     for tensor in model.subgraphs[0].tensors:
         data = model.buffers[tensor.buffer].data
         if tensor.type == schema.TensorType.INT8 and data is not None:
-            yield np.frombuffer(bytes(data), np.int8)
+            # A depthwise layer may lie there in parts, the second as NAME.1.weight.
+            name = re.sub(r"(\.[12])?\.weight$", "", tensor.name.decode())
+            found[name].append(np.frombuffer(bytes(data), np.int8))
+    yield from map(np.concatenate, found.values())
 
 
 def int8_of_openvino(path: Path) -> Iterator[NDArray[np.int8]]:
