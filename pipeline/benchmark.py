@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
+    from numpy.typing import NDArray
+
     from pipeline.records import Scheme
     from pipeline.worker import Progress
     from targets.base import Device, DeviceInfo, Runtime
@@ -48,17 +50,22 @@ def bench(
         device: Where.
         target: Their runtime.
         artifacts: Scheme to path.
-        image_shape: NCHW of the input; its pixels are seeded noise, which costs what others cost.
+        image_shape: NCHW of the input.
         threads: For the runtime.
         progress: Called per turn.
     """
-    image = np.random.default_rng(0).integers(0, 256, image_shape).astype(np.float32)
+    image = noise_image(image_shape)
     jobs = [Job(label=HARNESS, runtime=target.name, path=None)]
     jobs += [Job(label=label, runtime=target.name, path=path) for label, path in artifacts.items()]
     samples = device.measure(
         jobs, image, rounds=ROUNDS, per_round=PER_ROUND, threads=threads, progress=progress
     )
     (folder / SAMPLES).write_bytes(_SAMPLES.dump_json(samples, indent=1))
+
+
+def noise_image(shape: tuple[int, int, int, int]) -> NDArray[np.float32]:
+    """Return seeded noise of an NCHW shape: its pixels cost what others cost."""
+    return np.random.default_rng(0).integers(0, 256, shape).astype(np.float32)
 
 
 def read_latencies(

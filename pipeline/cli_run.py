@@ -78,7 +78,13 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
         ] = None,
         placement: Annotated[
             str | None,
-            typer.Option(help="Layers in integers: pointwise, pointwise-io or all."),
+            typer.Option(
+                help="Layers in integers: pointwise, pointwise-io, pointwise-depthwise, dense, all."
+            ),
+        ] = None,
+        tune: Annotated[
+            str | None,
+            typer.Option(help="Graph form and placement by measurement: off, quick or full."),
         ] = None,
         method: Annotated[
             str | None,
@@ -143,6 +149,7 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
                 "scheme": scheme,
                 "runtimes": tuple(words.listed(runtimes)) if runtimes is not None else None,
                 "placement": placement,
+                "tune": tune,
                 "method": method,
                 "rounding": rounding,
                 "max_drop": max_drop,
@@ -195,7 +202,7 @@ def finetune(
         str | None, typer.Option(help="w8a8, w4a8, w8; w8a16 with tflite, w4a4 with reference.")
     ] = None,
     placement: Annotated[
-        str | None, typer.Option(help="Layers in integers: pointwise, pointwise-io or all.")
+        str | None, typer.Option(help="Layers in integers; see `run --help`.")
     ] = None,
     runtimes: Annotated[str | None, typer.Option(help="Comma-separated.")] = None,
     engine: Annotated[
@@ -342,6 +349,23 @@ def bench(
     stored = recipe_of(run_dir)
     settings = load_recipe(None, {**stored.model_dump(exclude_none=True), **changes})
     _conclude(_execute(settings, run_dir, Steps(verify=False)), run_dir)
+
+
+@app.command()
+def tune(
+    run_dir: RunDir,
+    effort: Annotated[str, typer.Option(help="quick or full.")] = "full",
+    device: Annotated[str | None, typer.Option(help="Where candidates are measured.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Threads while measuring.")] = None,
+) -> None:
+    """Choose each runtime's graph form and placement by measurement; export and measure those."""
+    from pipeline.recipe import load_recipe
+    from pipeline.run import Steps
+
+    flags = {"tune": effort, "device": device, "threads": threads, "bench": True}
+    stored = recipe_of(run_dir)
+    settings = load_recipe(None, stored.model_dump(exclude_none=True), flags)
+    _conclude(_execute(settings, run_dir, Steps()), run_dir)
 
 
 # --- shared -------------------------------------------------------------------------------------

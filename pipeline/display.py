@@ -30,6 +30,7 @@ SHOWN = 5
 
 def print_results(report: Report, out: Path, console: Console) -> None:
     """Print one line per artifact, and where to look further."""
+    from reports.layouts import sentence
     from reports.summary import drop_in_points
 
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -54,6 +55,8 @@ def print_results(report: Report, out: Path, console: Console) -> None:
             if result.reason:
                 reasons.setdefault(f"{result.outcome}: {result.reason}", []).append(name)
     console.print(table)
+    for layout in report.layouts:
+        console.print(f"  {sentence(layout)}", soft_wrap=True, highlight=False, markup=False)
     for reason, names in reasons.items():
         text = f"  {reason} ({', '.join(dict.fromkeys(names))})"
         console.print(text, soft_wrap=True, highlight=False, markup=False)

@@ -10,23 +10,34 @@ from typing import TYPE_CHECKING
 
 from pipeline.placements import widest
 from pipeline.recipe import NONE
-from pipeline.records import PROFILE_OF_ISA, SCHEMES, Artifact, Calibration, Export, Proof, Wanted
+from pipeline.records import (
+    PROFILE_OF_ISA,
+    SCHEMES,
+    Artifact,
+    Calibration,
+    Export,
+    Layout,
+    Proof,
+    Wanted,
+)
 from pipeline.store import Stage, publish, sha256_file
 from targets import base
 from targets.base import check_expressible, placement_of
 from targets.devices.local import host_isa, isa_flags
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from pipeline.recipe import Recipe
-    from pipeline.records import Profile, Scheme
+    from pipeline.records import Isa, Profile
     from pipeline.stages import Stages
     from pipeline.worker import Worker
     from targets.base import Runtime
 
 ARTIFACTS = "artifacts"
 """Their place in a run folder."""
+NO_LAYOUTS: Mapping[str, Layout] = {}
 MODEL_FILES = ("params.json", "tensors.safetensors")
 """What `pipeline.quantize` writes."""
 
@@ -36,24 +47,71 @@ class Exports:
 
     Args:
         recipe: Everything the run depends on.
+        layouts: Of each runtime; those left out have its default.
 
     Raises:
         EdgeError: A runtime is unknown, is not installed, or does not express what is asked of it.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, recipe: Recipe, layouts: Mapping[str, Layout] = NO_LAYOUTS) -> None:
         self.recipe = recipe
+        self.layouts = layouts
         self.targets = [base.runtime(name) for name in dict.fromkeys(recipe.runtimes)]
         for target in self.targets:
             base.require_installed(target)
-            for scheme in self._schemes():
-                check_expressible(self._wanted(target, scheme), target)
+            for wanted in self.exports(target):
+                check_expressible(wanted, target)
+
+    def laid_out(self, layouts: Mapping[str, Layout]) -> Exports:
+        """Return the same with other layouts."""
+        return Exports(self.recipe, layouts)
+
+    def isa(self, target: Runtime) -> Isa:
+        """Return what a runtime's artifacts are made for."""
+        default = target.capabilities.default_isa or host_isa()
+        return default if self.recipe.isa == "auto" else self.recipe.isa
+
+    def exports(self, target: Runtime) -> list[Export]:
+        """Return a runtime's artifacts: the float one, which others are held against, comes first.
+
+        There is no other where its layout says that integers are not faster.
+        """
+        layout = self.layouts.get(target.name) or self.default_layout(target, "")
+        scheme = layout.scheme
+        return [
+            Export(
+                runtime=target.name,
+                scheme=one,
+                placement=(layout.placement or NONE) if one != "float" else NONE,
+                graph_form=layout.graph_form if one != "float" else layout.float_form,
+                gelu=target.capabilities.gelu,
+                profile=self._profile(target) if one != "float" else None,
+                batch=self.recipe.batch,
+            )
+            for one in SCHEMES
+            if one in {"float", scheme}
+        ]
+
+    def default_layout(self, target: Runtime, reason: str) -> Layout:
+        """Return what a runtime takes where nothing was measured, and why that is."""
+        can, scheme = target.capabilities, self.recipe.scheme
+        quantized = scheme != "float"
+        return Layout(
+            runtime=target.name,
+            source="default",
+            reason=reason,
+            isa=self.isa(target),
+            scheme=scheme,
+            placement=placement_of(target, self.recipe.placement) if quantized else None,
+            graph_form=can.graph_forms[0],
+            float_form=can.graph_forms[0],
+        )
 
     def integers(self) -> Wanted:
         """Say what the integers are made for: the widest placement of all artifacts.
 
         Where none is asked, that of every runtime's default, so that a runtime that is exported
-        later gets the same integers.
+        later gets the same integers; with `--tune full` that of every candidate.
         """
         scheme = self.recipe.scheme
         if scheme == "float":
@@ -61,6 +119,8 @@ class Exports:
         asked = self.recipe.placement
         targets = base.runtimes().values() if asked is None else self.targets
         placements = {placement_of(target, asked) for target in targets}
+        if asked is None and self.recipe.tune == "full":
+            placements = {name for one in self.targets for name in one.capabilities.placements}
         return Wanted(
             scheme=scheme,
             placement=widest(placements),
@@ -80,38 +140,23 @@ class Exports:
             model: Folder with params.json and tensors.safetensors.
             kept: Whether they are the run's: those that are not stay in their stages.
         """
-        hashes = {name: sha256_file(model / name) for name in MODEL_FILES}
 
         def export(target: Runtime) -> list[Artifact]:
             # One worker for all schemes: the frameworks are slow to import.
             with stages.worker(f"export-{target.name}") as worker:
-                made = [
-                    self._artifact(stages, worker, self._wanted(target, scheme), model, hashes)
-                    for scheme in self._schemes()
-                ]
+                wanted = self.exports(target)
+                made = [self._artifact(stages, worker, one, model) for one in wanted]
             return [_published(stages, one) for one in made] if kept else made
 
         return [item for items in stages.side_by_side(export, self.targets) for item in items]
 
-    def _schemes(self) -> list[Scheme]:
-        """The float artifact always comes along: it is what the others are held against."""
-        return [scheme for scheme in SCHEMES if scheme in {"float", self.recipe.scheme}]
+    def one(self, stages: Stages, model: Path, wanted: Export) -> Artifact:
+        """Return one artifact where its stage left it; it is not the run's yet."""
+        with stages.worker(f"export-{wanted.runtime}") as worker:
+            return self._artifact(stages, worker, wanted, model)
 
     def _profile(self, target: Runtime) -> Profile:
-        default = target.capabilities.default_isa or host_isa()
-        return PROFILE_OF_ISA[default if self.recipe.isa == "auto" else self.recipe.isa]
-
-    def _wanted(self, target: Runtime, scheme: Scheme) -> Export:
-        can, quantized = target.capabilities, scheme != "float"
-        return Export(
-            runtime=target.name,
-            scheme=scheme,
-            placement=placement_of(target, self.recipe.placement) if quantized else NONE,
-            graph_form=can.graph_forms[0],
-            gelu=can.gelu,
-            profile=self._profile(target) if quantized else None,
-            batch=self.recipe.batch,
-        )
+        return PROFILE_OF_ISA[self.isa(target)]
 
     def _artifact(
         self,
@@ -119,7 +164,6 @@ class Exports:
         worker: Worker,
         wanted: Export,
         model: Path,
-        hashes: dict[str, str],
     ) -> Artifact:
         """Return an artifact where its stage left it."""
         target = base.runtime(wanted.runtime)
@@ -127,7 +171,7 @@ class Exports:
             Stage(
                 name=f"export-{wanted.runtime}-{wanted.scheme}",
                 modules=("targets.export", type(target).__module__),
-                inputs=hashes,
+                inputs={name: sha256_file(model / name) for name in MODEL_FILES},
                 # The proof is this host's: a runtime chooses its kernels by ISA.
                 settings={**asdict(wanted), "host": isa_flags()},
                 libraries=("torch", "numpy", *target.capabilities.distributions),

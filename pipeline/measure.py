@@ -113,6 +113,11 @@ class Verification:
             skipped=tuple(value["skipped"]),
         )
 
+    def of(self, evaluation: Chosen) -> Callable[[Artifact], Accuracy]:
+        """Return what tells the accuracy of an artifact on these images."""
+        against = self._against(evaluation)
+        return lambda artifact: self._artifact(artifact, against, beside=1)[0]
+
     def judge(self, evaluation: Chosen) -> Callable[[str, Path, str], Accuracy]:
         """Return what tells the accuracy, on these images, of artifacts of the reference.
 

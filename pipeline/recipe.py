@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
 Ratio = Annotated[float, Field(gt=0)]
+Count = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 _Settings = TypeVar("_Settings", bound="_Strict")
@@ -68,6 +69,10 @@ class Budget(_Strict):
         min_agreement_across_profiles: The same for two runtimes of different profiles.
         max_latency_ratio: Largest int8 / float latency of one runtime, by `clock`.
         max_size_ratio: Largest int8 / float size of one runtime's artifacts.
+        faster_than_float: Whether integers that are slower than float fail.
+        max_transposes_per_block: Changes of layout that the runtime executes.
+        max_quantize_ops_per_block: Quantize and dequantize operations of their own.
+        max_float_layers: Layers with weights that the runtime computes in floats.
         clock: `wall` or `cpu` time.
         baseline: Limits against a stored report.
     """
@@ -78,6 +83,10 @@ class Budget(_Strict):
     min_agreement_across_profiles: Share | None = None
     max_latency_ratio: Ratio | None = None
     max_size_ratio: Ratio | None = None
+    faster_than_float: bool = False
+    max_transposes_per_block: Count | None = None
+    max_quantize_ops_per_block: Count | None = None
+    max_float_layers: Count | None = None
     clock: Literal["wall", "cpu"] = "wall"
     baseline: BaselineBudget = BaselineBudget()
 
@@ -109,6 +118,9 @@ class Recipe(_Strict):
             line, or `sorted`; None matches by name.
         isa: Where the artifacts will run; `auto` takes each runtime's default.
         placement: Which layers run in integers; None takes each runtime's default.
+        tune: Whether the graph form and, where none is asked, the placement of each runtime are
+            chosen by measurement: `quick` among those that need no other integers, `full` among
+            all, `off` not at all.
         method: How ranges and rescalings are chosen: `search`, or one kind of range everywhere.
         rounding: Of weights.
         max_drop: Layers are left in float until the upper end of the drop's 95 % interval is at
@@ -129,6 +141,7 @@ class Recipe(_Strict):
     scheme: Scheme = "w8a8"
     runtimes: Annotated[tuple[str, ...], Field(min_length=1)] = RUNTIMES
     placement: str | None = None
+    tune: Literal["off", "quick", "full"] = "quick"
     method: RangeMethod | Literal["search"] = Field(
         default="search", description=f"search, {', '.join(get_args(RangeMethod))}"
     )

@@ -757,6 +757,69 @@ class Tuning:
         return self
 
 
+# --- graph form and placement ---------------------------------------------------------------------
+
+
+@_reported
+class Candidate:
+    """One way to lay a model out, and what a device took for it.
+
+    Attributes:
+        outcome: `failed` where it could not be exported.
+        heat: The last one it took part in, from 0; after each the slower half leaves.
+        samples: Inferences timed in that heat.
+        cpu_ratio: Of the medians, over the best float candidate's of the same heat; as wall_ratio.
+        accuracy: On the evaluation images, where that decided.
+    """
+
+    scheme: Scheme
+    placement: str
+    graph_form: str
+    outcome: Literal["measured", "failed"]
+    reason: str | None = None
+    heat: int = 0
+    samples: int = 0
+    wall_p50_ms: float | None = None
+    cpu_p50_ms: float | None = None
+    wall_ratio: float | None = None
+    wall_ratio_ci95: tuple[float, float] | None = None
+    cpu_ratio: float | None = None
+    cpu_ratio_ci95: tuple[float, float] | None = None
+    accuracy: Accuracy | None = None
+
+
+@_reported
+class Layout:
+    """Which graph form and placement a runtime's artifacts have, and why.
+
+    Attributes:
+        source: `measured` on `device`, or a `default` of the ISA, which `reason` explains.
+        isa: What the artifacts are made for.
+        versions: Of the runtime's packages: a choice holds for these.
+        clock: By which time candidates were ranked.
+        candidates: All that were measured, those that stayed longest first.
+        scheme: Of the artifact that is shipped: `float` where integers are not shown to be faster.
+        placement: Of the quantized artifact; None where there is none.
+        graph_form: Of the quantized artifact, or else of the float one.
+        float_form: Of the float artifact.
+    """
+
+    runtime: str
+    source: Literal["measured", "default"]
+    reason: str
+    isa: Isa
+    device: str | None = None
+    threads: int | None = None
+    input_size: int | None = None
+    versions: dict[str, str] | None = None
+    clock: Literal["cpu", "wall"] | None = None
+    candidates: tuple[Candidate, ...] = ()
+    scheme: Scheme
+    placement: str | None
+    graph_form: str
+    float_form: str
+
+
 def to_json(record: object) -> bytes:
     """Serialise a record (or a container of them) to UTF-8 JSON with a stable key order."""
     return TypeAdapter(type(record)).dump_json(record, indent=2)

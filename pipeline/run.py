@@ -10,13 +10,15 @@ word. Every stage is looked up in the store first and runs in a worker process w
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from calib.preprocess import spare_workers
+from pipeline.autotune import Autotuner, Conditions
 from pipeline.conclude import JUNIT, PAGES, SUMMARY, conclude
 from pipeline.data import choose
 from pipeline.dialect import dialect_modules
@@ -44,15 +46,16 @@ from pipeline.tune import TUNING, Basis, Tuner, check_decidable
 from pipeline.worker import end_all
 from reports import assemble, document
 from reports.document import REPORT
+from reports.gate import paired_check
 from targets import base
 from targets.devices.local import available_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from pipeline.data import Data
     from pipeline.display import Display
-    from pipeline.records import Accuracy, Latency
+    from pipeline.records import Accuracy, Latency, Layout
     from pipeline.sidecar import Sidecar
     from reports.document import Report
     from targets.base import DeviceInfo
@@ -246,9 +249,13 @@ class _Run:
         write_atomic(self.out / RECIPE, self.recipe.model_dump_json(indent=2).encode())
         report = None
         if steps.export:
+            layouts = self._layouts(integers, steps, loaded, model, data)
+            self.exports = self.exports.laid_out(layouts)
             artifacts = self.exports.write(self.stages, integers)
             data = data.without(calibration=calibrated.value["skipped"])
-            chosen = self._choices(integers, quantized, data, training)
+            chosen = replace(
+                self._choices(integers, quantized, data, training), layouts=tuple(layouts.values())
+            )
             report = self._report(steps, loaded, model, data, artifacts, chosen)
         store = self.stages.store
         return Finished(report=report, made=tuple(store.made), reused=tuple(store.reused))
@@ -415,14 +422,38 @@ class _Run:
         self.display.skipped(images.without(training.skipped).source)
         return folder, training
 
-    def _timing(self, model: Checkpoint, *, asked: bool, kept: bool = True) -> Timing:
+    def _layouts(
+        self, integers: Path, steps: Steps, loaded: Done, model: Checkpoint, data: Data
+    ) -> dict[str, Layout]:
+        """Choose the graph form and placement of every runtime, by measurement where asked."""
+        budget = self.recipe.budget()
+        limit = budget.max_drop_pp if budget is not None else None
+        given = Conditions(
+            device=self.device,
+            threads=self.recipe.threads,
+            architecture=model.architecture,
+            macs=loaded.value["macs"],
+            image_shape=self._image_shape(model),
+            effort=self.recipe.tune,
+            asked=steps.bench and self.recipe.bench,
+        )
+        keeps = None
+        if limit is not None and data.evaluation is not None and steps.verify:
+            verification = Verification(self.stages, loaded, model, self.preprocessing, asked=True)
+            keeps = partial(_keeps, verification.of(data.evaluation), limit)
+        return Autotuner(self.stages, self.exports, given, keeps).run(integers)
+
+    def _image_shape(self, model: Checkpoint) -> tuple[int, int, int, int]:
         size = self.preprocessing.input_size
         batch = 1 if self.recipe.batch == "dynamic" else self.recipe.batch
+        return batch, model.architecture.in_channels, size, size
+
+    def _timing(self, model: Checkpoint, *, asked: bool, kept: bool = True) -> Timing:
         return Timing(
             self.stages,
             self.device,
             threads=self.recipe.threads,
-            image_shape=(batch, model.architecture.in_channels, size, size),
+            image_shape=self._image_shape(model),
             asked=asked,
             kept=kept,
         )
@@ -453,6 +484,17 @@ class _Run:
             else None,
             training=training,
         )
+
+
+def _keeps(
+    accuracy_of: Callable[[Artifact], Accuracy], limit_pp: float, artifact: Artifact
+) -> tuple[bool, Accuracy]:
+    """Tell whether an artifact may be shipped under a budget: not where it would fail the gate."""
+    found = accuracy_of(artifact)
+    if found.lost is None or found.gained is None or found.n is None:
+        return found.outcome != "failed", found
+    check = paired_check("", found.lost, found.gained, found.n, limit_pp, "the float model")
+    return check.outcome != "fail", found
 
 
 def _check_place(out: Path, beside: Path | None) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Artifact,
         Checkpoint,
         Latency,
+        Layout,
         QuantizedModel,
         Training,
         Tuning,
@@ -43,11 +44,12 @@ BASE = ("convnext-edge", "torch", "numpy")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """How the integers came about: calibrated, tuned, trained; None for what was not done."""
+    """How the integers came about and how they are laid out; None for what was not done."""
 
     calibration: Calibration | None = None
     tuning: Tuning | None = None
     training: Training | None = None
+    layouts: tuple[Layout, ...] = ()
 
 
 def host(local: DeviceInfo, distributions: Sequence[str]) -> Host:
@@ -157,4 +159,5 @@ def report(
         calibration=chosen.calibration,
         tuning=chosen.tuning,
         training=chosen.training,
+        layouts=chosen.layouts,
     )

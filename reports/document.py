@@ -18,6 +18,7 @@ from pipeline.records import (
     Agreement,
     Fraction,
     Latency,
+    Layout,
     Profile,
     Proof,
     RangeMethod,
@@ -189,6 +190,9 @@ class Report(_Model):
     ] = None
     tuning: Annotated[Tuning | None, Field(description="null where no --max-drop was given")] = None
     training: Annotated[Training | None, Field(description="null where nothing was trained")] = None
+    layouts: Annotated[
+        tuple[Layout, ...], Field(description="one per runtime: graph form and placement")
+    ] = ()
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
 

@@ -19,6 +19,7 @@ from pipeline.statistics import (
     proportion_interval,
 )
 from reports.document import Check, CheckOutcome, Gate, Report
+from reports.layouts import ships_float
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.recipe import BaselineBudget, Budget
-    from pipeline.records import Accuracy, Agreement, Latency
+    from pipeline.records import Accuracy, Agreement, Latency, Proof
     from reports.document import ArtifactRow
 
 PER_POINT = 100
@@ -51,6 +52,18 @@ def judge(report: Report, budget: Budget, baseline: Report | None = None) -> Gat
         *_answered("max_size_ratio", budget.max_size_ratio, partial(_sizes, report)),
         *_answered(
             "max_latency_ratio", budget.max_latency_ratio, partial(_latencies, report, budget.clock)
+        ),
+        *_answered(
+            "faster_than_float",
+            1.0 if budget.faster_than_float else None,
+            partial(_faster, report, budget.clock),
+        ),
+        *(
+            check
+            for name, read in _COUNTS.items()
+            for check in _answered(
+                name, getattr(budget, name), partial(_counts, report, name, read)
+            )
         ),
         *_agreements(report, budget),
         *_against_baseline(report, budget.baseline, baseline, budget.clock),
@@ -77,13 +90,16 @@ def _required(report: Report, budget: Budget) -> Iterator[Check]:
             outcome="fail" if reasons else "pass",
             value=None,
             limit=None,
-            why="; ".join(reasons) or "its quantized artifact was run, as this budget needs it",
+            why="; ".join(reasons) or "what it ships was run, as this budget needs it",
         )
 
 
 def _missing(report: Report, budget: Budget, runtime: str) -> Iterator[str]:
     """Say what the budget needs of a required runtime and the report does not have."""
     rows = [row for row in _quantized(report) if row.runtime == runtime]
+    if not rows and runtime in _float_shipped(report):
+        # Integers were measured and are not faster: what is shipped is judged.
+        rows = [row for row in report.artifacts if row.runtime == runtime]
     if not rows:
         yield "the report has no quantized artifact of it"
     timed = budget.max_latency_ratio or budget.baseline.max_latency_ratio
@@ -130,6 +146,44 @@ def _latencies(report: Report, clock: str, limit: float) -> Iterator[Check]:
         for latency in row.latency:
             name = f"{row.runtime} {row.scheme} latency on {latency.device}"
             yield _latency(name, latency, limit, clock)
+
+
+def _faster(report: Report, clock: str, limit: float) -> Iterator[Check]:
+    """Ask whether what is shipped in integers is faster than float: nothing slower is."""
+    for runtime, why in _float_shipped(report).items():
+        name = f"{runtime} is no slower than float"
+        yield Check(name=name, outcome="pass", value=None, limit=limit, why=f"float is it: {why}")
+    for row in _quantized(report):
+        for latency in row.latency:
+            name = f"{row.runtime} {row.scheme} is no slower than float on {latency.device}"
+            yield _latency(name, latency, limit, clock)
+
+
+def _float_shipped(report: Report) -> dict[str, str]:
+    return {one.runtime: one.reason for one in report.layouts if ships_float(one)}
+
+
+_COUNTS: dict[str, Callable[[Proof], float]] = {
+    "max_transposes_per_block": lambda proof: proof.transposes_per_block,
+    "max_quantize_ops_per_block": lambda proof: proof.quantize_ops_per_block,
+    "max_float_layers": lambda proof: proof.weighted_layers - proof.integer_layers,
+}
+"""Limits on what a proof counts, by their keys in a budget."""
+
+
+def _counts(
+    report: Report, key: str, read: Callable[[Proof], float], limit: float
+) -> Iterator[Check]:
+    what = key.removeprefix("max_").replace("_", " ")
+    for row in _quantized(report):
+        name = f"{row.runtime} {row.scheme} {what}"
+        if row.proof is None:
+            yield _not_run(name, limit, "the report has no proof of it")
+            continue
+        value = read(row.proof)
+        outcome: CheckOutcome = "pass" if value <= limit else "fail"
+        why = f"counted: {row.proof.method}"
+        yield Check(name=name, outcome=outcome, value=value, limit=limit, why=why)
 
 
 def paired_check(name: str, lost: int, gained: int, n: int, limit_pp: float, against: str) -> Check:

@@ -23,7 +23,7 @@ from pipeline.worker import Worker
 from targets.base import DeviceInfo, Job, NotRun, Samples, runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from pipeline.records import Isa
     from pipeline.worker import Progress
@@ -45,6 +45,7 @@ ISA_FLAGS = [
     "sve2",
     "fp16",
 ]
+ARM_FLAGS = frozenset({"neon", "asimd"})
 VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "avx10_1"})
 
 
@@ -205,9 +206,18 @@ def isa_flags() -> tuple[str, ...]:
 
 def host_isa() -> Isa:
     """Return this machine's ISA; an x86 that does not say so is taken to lack VNNI."""
-    if platform.machine().lower() in {"arm64", "aarch64"}:
+    silent: Isa = "arm" if platform.machine().lower() in {"arm64", "aarch64"} else "avx2"
+    return isa_of(isa_flags()) or silent
+
+
+def isa_of(flags: Collection[str]) -> Isa | None:
+    """Return the ISA that a device's flags are of; None where they do not say."""
+    known = set(flags)
+    if ARM_FLAGS & known:
         return "arm"
-    return "vnni" if VNNI_FLAGS & set(isa_flags()) else "avx2"
+    if VNNI_FLAGS & known:
+        return "vnni"
+    return "avx2" if "avx2" in known else None
 
 
 def _cpuinfo() -> dict[str, str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.recipe import BaselineBudget, Budget
-from pipeline.records import Accuracy, Agreement, Latency, Profile, Scheme
+from pipeline.records import Accuracy, Agreement, Candidate, Latency, Layout, Profile, Proof, Scheme
 from reports.document import (
     ArtifactRow,
     Check,
@@ -125,6 +125,62 @@ def test_inconclusive_says_how_many_images_would_decide() -> None:
     fewer = needed // 2
     scaled = round(12 * fewer / N), round(4 * fewer / N)
     assert paired_check("drop", *scaled, fewer, 1.0, "x").outcome == "inconclusive"
+
+
+def _layout(scheme: Scheme, *tried: Scheme) -> Layout:
+    return Layout(
+        runtime="onnx", source="measured", reason="why", isa="vnni", device="local",
+        candidates=tuple(
+            Candidate(scheme=one, placement="all", graph_form="nchw", outcome="measured")
+            for one in tried
+        ),
+        scheme=scheme, placement=None if scheme == "float" else "all", graph_form="nchw",
+        float_form="nchw",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ratio", "outcome"), [(0.9, "pass"), (1.0, "inconclusive"), (1.1, "fail")]
+)
+def test_integers_that_are_slower_than_float_fail(ratio: float, outcome: str) -> None:
+    check = _only(_report(_row(latency=(_latency(ratio),))), Budget(faster_than_float=True))
+    assert check.name == "onnx w8a8 is no slower than float on local"
+    assert (check.outcome, check.value, check.limit) == (outcome, ratio, 1.0)
+
+
+def test_float_that_is_shipped_because_it_is_faster_passes_and_counts_as_measured() -> None:
+    budget = Budget(faster_than_float=True, require=("onnx",))
+    shipped = _report(_row(scheme="float"))
+    shipped = shipped.model_copy(update={"layouts": (_layout("float", "float", "w8a8"),)})
+    assert {c.name: c.outcome for c in judge(shipped, budget).checks} == {
+        "onnx measured": "pass",
+        "onnx is no slower than float": "pass",
+    }
+    # Where integers were not even tried, nothing excuses that they are missing.
+    untried = shipped.model_copy(update={"layouts": (_layout("float", "float"),)})
+    outcomes = {c.name: c.outcome for c in judge(untried, budget).checks}
+    assert outcomes["onnx measured"] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_transposes_per_block", 1.5),
+        ("max_quantize_ops_per_block", 2.0),
+        ("max_float_layers", 3),
+    ],
+)
+def test_what_a_proof_counts_is_limited(key: str, value: float) -> None:
+    proof = Proof(
+        method="counted", integer_layers=7, expected_integer_layers=7, weighted_layers=10,
+        transposes_per_block=1.5, quantize_ops_per_block=2.0, op_counts={},
+    )  # fmt: skip
+    report = _report(_row(proof=proof))
+    for limit, outcome in ((value, "pass"), (value - 0.5, "fail")):
+        check = _only(report, Budget.model_validate({key: limit}))
+        assert (check.outcome, check.value, check.limit) == (outcome, value, limit)
+    unproven = judge(_report(_row()), Budget.model_validate({key: 0}))
+    assert [check.outcome for check in unproven.checks] == ["not_run", "inconclusive"]
 
 
 def test_a_drop_on_the_limit_is_never_decided() -> None:

@@ -1,0 +1,415 @@
+"""The graph form and placement that each runtime runs fastest, by measurement on a device.
+
+In: a quantized model and what a recipe exports. Out: a `Layout` for every runtime. The candidates
+take turns on the device, heat by heat; after each heat the slower half leaves. The best of those in
+integers is taken where it is faster than the best float one and keeps to the accuracy budget; else
+the next; else the float one. The measurements are kept under the runtime's versions, the device,
+the network's shape and the candidates: weights do not change them.
+
+A choice holds for the ISA it was measured on. Artifacts for another one take their runtime's
+default.
+
+Source: Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter
+optimization", 2016 (successive halving).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from pipeline.benchmark import noise_image
+from pipeline.errors import ArtifactError, WorkerError
+from pipeline.placements import PLACEMENTS
+from pipeline.records import ACTIVATION_BITS, Candidate, Export, Layout
+from pipeline.statistics import percentile, ratio_interval
+from pipeline.store import Stage, library_versions
+from targets import base
+from targets.devices.local import isa_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from pipeline.exports import Exports
+    from pipeline.records import Accuracy, Architecture, Artifact
+    from pipeline.stages import Stages
+    from pipeline.worker import Progress
+    from targets.base import Capabilities, Device, DeviceInfo, Runtime, Samples
+
+Effort = Literal["off", "quick", "full"]
+Clock = Literal["cpu", "wall"]
+
+ROUNDS: dict[Effort, int] = {"quick": 6, "full": 12}
+"""Of the first heat; the next has twice as many for half the candidates."""
+LEAST_PER_ROUND, MOST_PER_ROUND, MACS_PER_ROUND = 3, 64, 300e6
+"""Inferences: of a small network many, so that a turn lasts longer than what disturbs it."""
+MEASURED, SAMPLES = "candidates.json", "samples.json"
+
+_CANDIDATES = TypeAdapter(tuple[Candidate, ...])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conditions:
+    """Under which candidates are measured.
+
+    Attributes:
+        device: Where.
+        threads: Of an inference.
+        architecture: Of the network: with `image_shape` it says how long a candidate takes.
+        macs: Multiply-accumulates of one image.
+        image_shape: NCHW of one input.
+        effort: How many candidates and rounds.
+        asked: Whether to measure what is missing, or only to take over what was measured before.
+    """
+
+    device: Device
+    threads: int
+    architecture: Architecture
+    macs: int
+    image_shape: tuple[int, int, int, int]
+    effort: Effort
+    asked: bool
+
+    @property
+    def per_round(self) -> int:
+        """How many inferences a candidate makes when it is its turn."""
+        wanted = MACS_PER_ROUND / (self.macs * self.image_shape[0])
+        return round(min(max(wanted, LEAST_PER_ROUND), MOST_PER_ROUND))
+
+    @property
+    def clock(self) -> Clock:
+        """By which time candidates are ranked: CPU time says nothing of several threads."""
+        return "cpu" if self.threads == 1 else "wall"
+
+
+class Autotuner:
+    """Chooses a layout for every runtime.
+
+    Args:
+        stages: Where measurements are kept.
+        exports: What a recipe exports.
+        given: How they are measured.
+        keeps: Tells whether an artifact keeps to the accuracy budget, and its accuracy; None where
+            nothing decides that.
+    """
+
+    def __init__(
+        self,
+        stages: Stages,
+        exports: Exports,
+        given: Conditions,
+        keeps: Callable[[Artifact], tuple[bool, Accuracy]] | None,
+    ) -> None:
+        self.stages = stages
+        self.exports = exports
+        self.given = given
+        self.keeps = keeps
+
+    def run(self, model: Path) -> dict[str, Layout]:
+        """Return the layout of every runtime that is exported.
+
+        Args:
+            model: Folder with params.json and tensors.safetensors.
+        """
+        return {target.name: self._layout(target, model) for target in self.exports.targets}
+
+    def _layout(self, target: Runtime, model: Path) -> Layout:
+        info = self.given.device.probe()
+        why = info.reason if isinstance(info, base.NotRun) else self._why_not(target, info)
+        if why is not None or isinstance(info, base.NotRun):
+            return self.exports.default_layout(target, why or "")
+        wanted = candidates(target.capabilities, self.exports.exports(target), self.given.effort)
+        if len(wanted) == len({one.scheme for one in wanted}):
+            return self.exports.default_layout(target, "there is nothing to choose from")
+        stage = self._stage(target, info, wanted)
+        if not self.given.asked and not self.stages.is_done(stage):
+            why = "not measured: run `convnext-edge tune RUN_DIR`"
+            return self.exports.default_layout(target, why)
+
+        def make(folder: Path, progress: Progress) -> None:
+            self._measure(target, model, wanted, folder, progress)
+
+        try:
+            folder = self.stages.do_here(stage, make)
+        except (WorkerError, ArtifactError) as error:
+            return self.exports.default_layout(target, f"measuring failed: {error}")
+        found = _CANDIDATES.validate_json((folder / MEASURED).read_bytes())
+        return self._chosen(target, model, info, found)
+
+    def _why_not(self, target: Runtime, info: DeviceInfo) -> str | None:
+        """Say why a device cannot tell what is fastest for a runtime's artifacts."""
+        if self.given.effort == "off":
+            return "--tune off"
+        cannot = self.given.device.can_run(target)
+        if cannot is not None:
+            return cannot.reason
+        made_for, has = self.exports.isa(target), isa_of(info.isa)
+        if made_for != has:
+            return f"its artifacts are for {made_for}, and {info.name} has {has or 'none it names'}"
+        return None
+
+    def _stage(self, target: Runtime, info: DeviceInfo, wanted: Sequence[Export]) -> Stage:
+        return Stage(
+            name=f"tune-{info.name}-{target.name}",
+            modules=(
+                "pipeline.autotune",
+                "targets.export",
+                type(target).__module__,
+                type(self.given.device).__module__,
+            ),
+            inputs={},
+            settings={
+                "architecture": asdict(self.given.architecture),
+                "image_shape": self.given.image_shape,
+                "float_layers": self.exports.recipe.float_layers,
+                "candidates": [asdict(one) for one in wanted],
+                "device": asdict(info),
+                "threads": self.given.threads,
+                "effort": self.given.effort,
+            },
+            libraries=target.capabilities.distributions,
+        )
+
+    # --- measuring -----------------------------------------------------------------------------
+
+    def _measure(
+        self,
+        target: Runtime,
+        model: Path,
+        wanted: Sequence[Export],
+        folder: Path,
+        progress: Progress,
+    ) -> None:
+        found, paths = dict[Export, Candidate](), dict[Export, Path]()
+        # Where the run's own stages are: a temporary folder elsewhere may be too small.
+        with TemporaryDirectory(dir=folder) as place:
+            with self.stages.worker(f"tune-{target.name}") as worker:
+                for index, export in enumerate(wanted):
+                    progress(index, 2 * len(wanted))
+                    try:
+                        inner = Path(place) / str(index)
+                        inner.mkdir()
+                        made = worker.call(
+                            "targets.export:export_stage",
+                            model=str(model),
+                            export=asdict(export),
+                            folder=str(inner),
+                        )
+                        paths[export] = inner / made.value["path"]
+                    except (WorkerError, ArtifactError) as error:
+                        found[export] = _failed(export, error)
+            raw = self._heats(paths, found, progress)
+        ranked = sorted(found.values(), key=lambda one: _rank(one, self.given.clock))
+        (folder / MEASURED).write_bytes(_CANDIDATES.dump_json(tuple(ranked), indent=1))
+        (folder / SAMPLES).write_bytes(TypeAdapter(list[list[base.Samples]]).dump_json(raw))
+
+    def _heats(
+        self, paths: Mapping[Export, Path], found: dict[Export, Candidate], progress: Progress
+    ) -> list[list[Samples]]:
+        """Run heat after heat, each with the faster half of the one before."""
+        left, rounds, raw = list(paths), ROUNDS[self.given.effort], list[list[base.Samples]]()
+        image = noise_image(self.given.image_shape)
+        while left:
+            jobs = [
+                base.Job(label=str(i), runtime=export.runtime, path=paths[export])
+                for i, export in enumerate(left)
+            ]
+            samples = self.given.device.measure(
+                jobs,
+                image,
+                rounds=rounds,
+                per_round=self.given.per_round,
+                threads=self.given.threads,
+                progress=progress,
+            )
+            raw.append(samples)
+            found |= _timed(left, samples, self.given, heat=len(raw) - 1)
+            stay = faster_half([found[export] for export in left], self.given.clock)
+            if len(stay) == len(left):
+                return raw
+            left = [export for export in left if found[export] in stay]
+            rounds *= 2
+        return raw
+
+    # --- choosing ------------------------------------------------------------------------------
+
+    def _chosen(
+        self, target: Runtime, model: Path, info: DeviceInfo, found: Sequence[Candidate]
+    ) -> Layout:
+        floats = [one for one in found if one.scheme == "float" and one.outcome == "measured"]
+        if not floats:
+            return self.exports.default_layout(target, "no float candidate could be measured")
+        kept, seen, why = None, dict[int, Candidate](), "no candidate in integers could be measured"
+        for index in in_order(found, self.given.clock):
+            one = found[index]
+            ratio, (low, high) = _ratio(one, self.given.clock)
+            took = f"{ratio:.2f} ({low:.2f} to {high:.2f}) of the best float one's"
+            took += f" {self.given.clock} time"
+            if high > 1:
+                why = f"the fastest in integers, which takes {took}, is not shown to be faster"
+                break
+            kept, why = one, took
+            if self.keeps is None:
+                break
+            artifact = self.exports.one(self.stages, model, self._export(target, one, floats[0]))
+            keeps, accuracy = self.keeps(artifact)
+            seen[index] = replace(one, accuracy=accuracy)
+            if keeps:
+                break
+            kept, why = None, "no candidate that is faster than float keeps to the accuracy budget"
+        return Layout(
+            runtime=target.name,
+            source="measured",
+            reason=why,
+            isa=self.exports.isa(target),
+            device=info.name,
+            threads=self.given.threads,
+            input_size=self.given.image_shape[-1],
+            versions={
+                name: version
+                for name, version in library_versions(target.capabilities.distributions).items()
+                if version is not None
+            },
+            clock=self.given.clock,
+            candidates=tuple(seen.get(i, one) for i, one in enumerate(found)),
+            scheme=kept.scheme if kept else "float",
+            placement=kept.placement if kept else None,
+            graph_form=(kept or floats[0]).graph_form,
+            float_form=floats[0].graph_form,
+        )
+
+    def _export(self, target: Runtime, one: Candidate, best: Candidate) -> Export:
+        layout = replace(
+            self.exports.default_layout(target, ""),
+            placement=one.placement,
+            graph_form=one.graph_form,
+            float_form=best.graph_form,
+        )
+        return self.exports.laid_out({target.name: layout}).exports(target)[-1]
+
+
+def candidates(can: Capabilities, defaults: Sequence[Export], effort: Effort) -> tuple[Export, ...]:
+    """Return every way to lay out a runtime's artifacts that is worth measuring.
+
+    Args:
+        can: Of the runtime.
+        defaults: What it exports by default: the float artifact and, unless that is all, the
+            quantized one.
+        effort: `quick` keeps to the default placement's layers, so that integers stay what they
+            are; `full` takes every placement, where none was asked.
+
+    Returns:
+        Every form of the float artifact, then every form and placement of the quantized one.
+    """
+    found = list[Export]()
+    for one in defaults:
+        if one.scheme == "float":
+            found += [replace(one, graph_form=form) for form in can.graph_forms]
+            continue
+        for placement in _placements(can, one, effort):
+            found += [
+                replace(one, placement=placement, graph_form=form)
+                for form in can.graph_forms
+                if placement in can.placements_of_form.get(form, can.placements)
+            ]
+    return tuple(found)
+
+
+def _placements(can: Capabilities, one: Export, effort: Effort) -> list[str]:
+    layers = PLACEMENTS[one.placement].layers
+    names = [n for n in can.placements if effort == "full" or PLACEMENTS[n].layers == layers]
+    if one.scheme in ACTIVATION_BITS:
+        return names
+    # Without sites placements of the same layers are the same function.
+    first = {PLACEMENTS[name].layers: name for name in reversed(names)}
+    return [name for name in names if name in first.values()]
+
+
+def faster_half(heat: Sequence[Candidate], clock: Clock) -> list[Candidate]:
+    """Return who stays after a heat: of the float ones and of the others the faster half each."""
+    stay = list[Candidate]()
+    for floats in (True, False):
+        group = [one for one in heat if (one.scheme == "float") == floats]
+        group.sort(key=lambda one: _time(one, clock))
+        stay += group[: max(1, len(group) // 2)]
+    return stay
+
+
+def in_order(found: Sequence[Candidate], clock: Clock) -> list[int]:
+    """Return the indices of the candidates in integers that were measured, best first.
+
+    Who stayed longer is better, and who was faster in the last heat of both.
+    """
+    measured = [
+        index
+        for index, one in enumerate(found)
+        if one.scheme != "float" and (one.cpu_ratio if clock == "cpu" else one.wall_ratio)
+    ]
+    return sorted(measured, key=lambda index: _rank(found[index], clock))
+
+
+def _ratio(one: Candidate, clock: Clock) -> tuple[float, tuple[float, float]]:
+    """Return a candidate's time over that of the best float one of its heat, with its interval."""
+    ratio, ends = (
+        (one.cpu_ratio, one.cpu_ratio_ci95)
+        if clock == "cpu"
+        else (one.wall_ratio, one.wall_ratio_ci95)
+    )
+    assert ratio is not None, "in_order gives those that were measured"
+    assert ends is not None
+    return ratio, ends
+
+
+def _rank(one: Candidate, clock: Clock) -> tuple[int, float]:
+    return -one.heat, _time(one, clock)
+
+
+def _time(one: Candidate, clock: Clock) -> float:
+    found = one.cpu_p50_ms if clock == "cpu" else one.wall_p50_ms
+    return np.inf if found is None else found
+
+
+def _failed(export: Export, error: Exception) -> Candidate:
+    return Candidate(
+        scheme=export.scheme,
+        placement=export.placement,
+        graph_form=export.graph_form,
+        outcome="failed",
+        reason=str(error),
+    )
+
+
+def _timed(
+    exports: Sequence[Export], samples: Sequence[Samples], given: Conditions, *, heat: int
+) -> dict[Export, Candidate]:
+    """Derive the figures of one heat, each against its best float candidate."""
+    floats = [s for e, s in zip(exports, samples, strict=True) if e.scheme == "float"]
+
+    def median(of: Samples) -> float:
+        return float(np.median(of.cpu_ms if given.clock == "cpu" else of.wall_ms))
+
+    best = min(floats, key=median, default=None)
+    found = {}
+    for export, item in zip(exports, samples, strict=True):
+        cpu = best and ratio_interval(item.cpu_ms, best.cpu_ms, per_round=given.per_round)
+        wall = best and ratio_interval(item.wall_ms, best.wall_ms, per_round=given.per_round)
+        found[export] = Candidate(
+            scheme=export.scheme,
+            placement=export.placement,
+            graph_form=export.graph_form,
+            outcome="measured",
+            heat=heat,
+            samples=len(item.wall_ms),
+            wall_p50_ms=percentile(item.wall_ms, 50),
+            cpu_p50_ms=percentile(item.cpu_ms, 50),
+            wall_ratio=wall[0] if wall else None,
+            wall_ratio_ci95=wall[1:] if wall else None,
+            cpu_ratio=cpu[0] if cpu else None,
+            cpu_ratio_ci95=cpu[1:] if cpu else None,
+        )
+    return found

@@ -1,0 +1,29 @@
+"""What to say of the graph forms and placements that the runtimes' artifacts have.
+
+In: a report's `Layout`s. Out: a sentence for each.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.records import Layout
+
+
+def sentence(layout: Layout) -> str:
+    """Say what a runtime takes and why."""
+    form = f"form {layout.graph_form}"
+    if layout.source == "default":
+        placed = f"placement {layout.placement}, " if layout.placement else ""
+        return f"{layout.runtime}: {placed}{form}, its default ({layout.reason})"
+    where = f"measured on {layout.device}, {layout.isa}"
+    if layout.placement is None:
+        return f"{layout.runtime}: float is shipped, {form} ({layout.reason}; {where})"
+    return f"{layout.runtime}: placement {layout.placement}, {form} ({layout.reason}; {where})"
+
+
+def ships_float(layout: Layout) -> bool:
+    """Return whether integers were measured and float is shipped instead."""
+    measured = any(one.scheme != "float" for one in layout.candidates)
+    return measured and layout.scheme == "float"

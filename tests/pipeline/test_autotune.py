@@ -1,0 +1,355 @@
+"""Graph form and placement by measurement: what is tried, who stays, what is taken, and why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.autotune import Autotuner, Conditions, Effort, candidates, faster_half, in_order
+from pipeline.exports import Exports
+from pipeline.placements import PLACEMENTS
+from pipeline.recipe import Recipe
+from pipeline.records import (
+    Accuracy,
+    Architecture,
+    Artifact,
+    Candidate,
+    Export,
+    Layout,
+    Scheme,
+)
+from pipeline.worker import silent
+from reports.document import read_report
+from reports.layouts import sentence, ships_float
+from targets import base
+from targets.base import DeviceInfo, Job, NotRun, Samples, runtimes
+from targets.devices.local import host_isa, isa_of
+
+CLI = [sys.executable, "-P", "-m", "pipeline.cli"]
+NET = Architecture(depths=(1,), dims=(8,), classes=2)
+FLAGS = {"avx2": ("avx2",), "vnni": ("avx2", "avx512_vnni"), "arm": ("asimd",)}
+
+
+class Stopwatch:
+    """A device that takes as long as it is told, by the name of an artifact's folder."""
+
+    name = "stopwatch"
+
+    def __init__(self, times: Mapping[str, float], isa: Sequence[str] = FLAGS[host_isa()]) -> None:
+        self.times = times
+        self.isa = tuple(isa)
+        self.heats: list[list[str]] = []
+
+    def probe(self) -> DeviceInfo | NotRun:
+        return DeviceInfo(
+            name=self.name, kind="device", isa=self.isa, description="a stopwatch", cores=1
+        )
+
+    def can_run(self, wanted: base.Runtime) -> NotRun | None:
+        return NotRun(reason="it is not a Mac") if wanted.name == "coreml" else None
+
+    def measure(
+        self, jobs: Sequence[Job], image: Any, *, rounds: int, per_round: int, **rest: Any
+    ) -> list[Samples]:
+        names = [str(job.path) for job in jobs]
+        self.heats.append(names)
+        return [
+            Samples(
+                label=job.label,
+                wall_ms=(2 * self.times[name],) * (rounds * per_round),
+                cpu_ms=(self.times[name],) * (rounds * per_round),
+                load_ms=1.0,
+                first_ms=1.0,
+                peak_memory_bytes=1,
+                versions={},
+            )
+            for name, job in zip(names, jobs, strict=True)
+        ]
+
+
+def conditions(device: base.Device, effort: Effort = "quick", threads: int = 1) -> Conditions:
+    return Conditions(
+        device=device,
+        threads=threads,
+        architecture=NET,
+        macs=10**8,
+        image_shape=(1, 3, 32, 32),
+        effort=effort,
+        asked=True,
+    )
+
+
+def exports_of(name: str, scheme: str = "w8a8", **more: Any) -> list[Export]:
+    exports = Exports(Recipe.model_validate({"runtimes": (name,), "scheme": scheme, **more}))
+    return exports.exports(exports.targets[0])
+
+
+# --- what is tried --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(runtimes()))
+@pytest.mark.parametrize("effort", ["quick", "full"])
+def test_every_candidate_can_be_expressed_and_quick_needs_no_other_integers(
+    name: str, effort: Effort
+) -> None:
+    target, defaults = runtimes()[name], exports_of(name)
+    found = candidates(target.capabilities, defaults, effort)
+    assert len(found) == len(set(found))
+    assert set(defaults) <= set(found)
+    for one in found:
+        base.check_expressible(one, target)
+    layers = {PLACEMENTS[one.placement].layers for one in found if one.scheme != "float"}
+    assert (len(layers) == 1) == (effort == "quick")
+    forms = {one.graph_form for one in found if one.scheme == "float"}
+    assert forms == set(target.capabilities.graph_forms)
+
+
+def test_placements_of_one_function_are_tried_once() -> None:
+    target = runtimes()["onnx"]
+    found = candidates(target.capabilities, exports_of("onnx", "w8a8-dynamic"), "quick")
+    assert [one.placement for one in found if one.scheme != "float"] == ["pointwise"]
+
+
+def test_a_placement_that_is_asked_for_stays() -> None:
+    wanted = exports_of("openvino", placement="all")
+    found = candidates(runtimes()["openvino"].capabilities, wanted, "quick")
+    assert {one.placement for one in found if one.scheme != "float"} == {"all"}
+
+
+# --- who stays ------------------------------------------------------------------------------------
+
+
+def tuner(device: base.Device, **how: Any) -> Autotuner:
+    stages: Any = None
+    return Autotuner(
+        stages, Exports(Recipe(runtimes=("openvino",))), conditions(device, **how), None
+    )
+
+
+def measured(times: Sequence[float], n_floats: int) -> tuple[list[Candidate], Stopwatch]:
+    wanted = [
+        Export(
+            runtime="openvino",
+            scheme="float" if index < n_floats else "w8a8",
+            placement=str(index),
+            graph_form="f",
+            gelu="erf",
+            profile=None,
+        )
+        for index in range(len(times))
+    ]
+    paths = {one: Path(one.placement) for one in wanted}
+    device = Stopwatch({one.placement: time for one, time in zip(wanted, times, strict=True)})
+    found: dict[Export, Candidate] = {}
+    tuner(device)._heats(paths, found, silent)
+    return [found[one] for one in wanted], device
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.floats(0.1, 100), min_size=1, max_size=4),
+    st.lists(st.floats(0.1, 100), min_size=0, max_size=12),
+)
+def test_the_fastest_of_both_kinds_meet_in_the_last_heat(
+    floats: list[float], integers: list[float]
+) -> None:
+    found, device = measured([*floats, *integers], len(floats))
+    last = len(device.heats) - 1
+    best = min(floats)
+    final = [one for one in found if one.heat == last]
+    assert any(one.scheme == "float" and one.cpu_p50_ms == best for one in final)
+    if integers:
+        taken = found[in_order(found, "cpu")[0]]
+        assert taken.cpu_p50_ms == min(integers)
+        assert taken.heat == last
+        assert taken.cpu_ratio == pytest.approx(min(integers) / best)
+    # Halving: the later heats together are no longer than the first and what is always there.
+    assert sum(map(len, device.heats[1:])) <= len(found) + 2 * len(device.heats)
+
+
+def test_a_later_heat_is_longer() -> None:
+    found, device = measured([1.0, 2.0, 3.0, 4.0, 5.0], 1)
+    assert [len(heat) for heat in device.heats] == [5, 3, 2]
+    assert [one.samples for one in found] == [72, 72, 36, 18, 18]
+
+
+def test_half_of_each_kind_stays_and_at_least_one() -> None:
+    heat = [
+        Candidate(
+            scheme="float" if i < 2 else "w8a8", placement=str(i), graph_form="f",
+            outcome="measured", cpu_p50_ms=ms, wall_p50_ms=-ms,
+        )
+        for i, ms in enumerate([9.0, 8.0, 1.0, 2.0, 3.0])
+    ]  # fmt: skip
+    assert [one.placement for one in faster_half(heat, "cpu")] == ["1", "2"]
+    assert [one.placement for one in faster_half(heat, "wall")] == ["0", "4"]
+
+
+# --- what is taken --------------------------------------------------------------------------------
+
+
+def candidate(scheme: Scheme, form: str, ratio: float, spread: float = 0.0, heat: int = 1) -> Any:
+    return Candidate(
+        scheme=scheme, placement="pointwise" if scheme != "float" else "none", graph_form=form,
+        outcome="measured", heat=heat, samples=48, wall_p50_ms=ratio, cpu_p50_ms=ratio,
+        wall_ratio=ratio, wall_ratio_ci95=(ratio - spread, ratio + spread),
+        cpu_ratio=ratio, cpu_ratio_ci95=(ratio - spread, ratio + spread),
+    )  # fmt: skip
+
+
+FORMS = runtimes()["openvino"].capabilities.graph_forms
+FLOAT = candidate("float", FORMS[1], 1.0)
+
+
+def taken(
+    found: Sequence[Candidate],
+    monkeypatch: pytest.MonkeyPatch,
+    keeps: Callable[[Artifact], tuple[bool, Accuracy]] | None = None,
+) -> Layout:
+    device = Stopwatch({})
+    stages: Any = None
+    exports = Exports(Recipe(runtimes=("openvino",)))
+    monkeypatch.setattr(Exports, "one", lambda *given: given[-1])
+    chooser = Autotuner(stages, exports, conditions(device), keeps)
+    info = device.probe()
+    assert isinstance(info, DeviceInfo)
+    return chooser._chosen(exports.targets[0], Path(), info, found)
+
+
+def test_the_fastest_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, slow = candidate("w8a8", FORMS[0], 0.4), candidate("w8a8", FORMS[1], 0.5)
+    layout = taken([slow, FLOAT, fast], monkeypatch)
+    assert (layout.scheme, layout.placement, layout.graph_form) == ("w8a8", "pointwise", FORMS[0])
+    assert layout.float_form == FORMS[1]
+    assert not ships_float(layout)
+    assert "0.40 (0.40 to 0.40) of the best float one's cpu time" in sentence(layout)
+
+
+@pytest.mark.parametrize(("ratio", "spread"), [(1.2, 0.05), (0.99, 0.05), (1.0, 0.001)])
+def test_integers_not_shown_to_be_faster_are_not_shipped(
+    ratio: float, spread: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = taken([candidate("w8a8", FORMS[0], ratio, spread), FLOAT], monkeypatch)
+    assert (layout.scheme, layout.placement, layout.graph_form) == ("float", None, FORMS[1])
+    assert ships_float(layout)
+    assert "float is shipped" in sentence(layout)
+    assert "is not shown to be faster" in sentence(layout)
+
+
+@pytest.mark.parametrize(
+    ("kept", "expected"), [([True], 0), ([False, True], 1), ([False] * 2, None)]
+)
+def test_what_loses_too_much_gives_way_to_the_next(
+    kept: list[bool], expected: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [candidate("w8a8", form, 0.4 + i / 10) for i, form in enumerate(FORMS)]
+    asked: list[Any] = []
+
+    def keeps(artifact: Any) -> tuple[bool, Accuracy]:
+        asked.append(artifact.graph_form)
+        return kept[len(asked) - 1], Accuracy(outcome="measured", n=10, drop_pp=1.0)
+
+    layout = taken([*found, FLOAT], monkeypatch, keeps)
+    assert asked == list(FORMS[: len(kept)])
+    assert [one.accuracy is not None for one in layout.candidates[:2]] == [True, len(kept) == 2]
+    if expected is None:
+        assert ships_float(layout)
+        assert "keeps to the accuracy budget" in layout.reason
+    else:
+        assert layout.graph_form == FORMS[expected]
+
+
+def test_the_choice_follows_from_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [candidate("w8a8", FORMS[0], 0.4), FLOAT]
+    assert taken(found, monkeypatch) == taken(found, monkeypatch)
+
+
+# --- where it holds -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "how", "reason"),
+    [
+        ("openvino", Stopwatch({}), {"effort": "off"}, "--tune off"),
+        ("coreml", Stopwatch({}), {}, "it is not a Mac"),
+        ("openvino", Stopwatch({}, ("asimd",)), {}, "and stopwatch has arm"),
+        ("openvino", Stopwatch({}, ()), {}, "and stopwatch has none it names"),
+        (
+            "tflite",
+            Stopwatch({}, ("avx2",)),
+            {},
+            "its artifacts are for arm, and stopwatch has avx2",
+        ),
+    ],
+)
+def test_elsewhere_a_default_is_taken_and_said(
+    name: str, device: Stopwatch, how: dict[str, Any], reason: str
+) -> None:
+    stages: Any = None
+    exports = Exports(Recipe(runtimes=(name,)))
+    layouts = Autotuner(stages, exports, conditions(device, **how), None).run(Path())
+    layout = layouts[name]
+    assert layout.source == "default"
+    assert reason in layout.reason
+    assert not device.heats
+    assert exports.laid_out(layouts).exports(exports.targets[0]) == exports_of(name)
+
+
+@pytest.mark.parametrize("isa", FLAGS)
+def test_flags_tell_the_isa(isa: str) -> None:
+    assert isa_of(FLAGS[isa]) == isa
+
+
+def test_a_layout_is_what_is_exported() -> None:
+    exports = Exports(Recipe(runtimes=("openvino",)))
+    target = exports.targets[0]
+    layout = replace(
+        exports.default_layout(target, ""),
+        placement="pointwise-io", graph_form=FORMS[1], float_form=FORMS[0],
+    )  # fmt: skip
+    base_, quantized = exports.laid_out({"openvino": layout}).exports(target)
+    assert (base_.scheme, base_.graph_form) == ("float", FORMS[0])
+    assert (quantized.placement, quantized.graph_form) == ("pointwise-io", FORMS[1])
+    only = replace(layout, scheme="float", placement=None)
+    assert exports.laid_out({"openvino": only}).exports(target) == [base_]
+
+
+# --- as a user types it ---------------------------------------------------------------------------
+
+
+def test_a_run_folder_is_tuned_and_its_measurements_are_kept(tmp_path: Path) -> None:
+    def cli(*words: str) -> str:
+        done = subprocess.run(
+            [*CLI, *words], capture_output=True, text=True, cwd=tmp_path, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout + done.stderr
+
+    words = ("--runtimes", "onnx", "--calibration-images", "32", "--eval-images", "60")
+    cli("run", *words, "--no-bench", "--out", "run")
+    (before,) = read_report(tmp_path / "run").layouts
+    assert before.source == "default"
+    said = cli("tune", "run", "--effort", "quick")
+    report = read_report(tmp_path / "run")
+    (layout,) = report.layouts
+    assert layout.source == "measured"
+    assert layout.isa == host_isa()
+    assert layout.versions is not None
+    assert layout.versions["onnxruntime"]
+    assert sum(one.scheme == "float" for one in layout.candidates) == 2
+    assert sum(one.scheme == "w8a8" for one in layout.candidates) == 3
+    assert all(one.outcome == "measured" for one in layout.candidates)
+    assert sentence(layout) in " ".join(said.split())
+    shipped = [row for row in report.artifacts if row.scheme == layout.scheme]
+    assert [row.graph_form for row in shipped] == [layout.graph_form]
+    assert "Candidates of onnx" in (tmp_path / "run" / "pages" / "index.html").read_text()
+    assert "tune-local-onnx          reused" in cli("tune", "run", "--effort", "quick")
+    assert read_report(tmp_path / "run").layouts == (layout,)
