@@ -29,6 +29,7 @@ from pipeline.cli_run import (
     recipe_of,
 )
 from pipeline.errors import EdgeError, OutputError, UsageError
+from pipeline.records import to_json
 
 GATE_EXIT = {"pass": 0, "fail": 3, "inconclusive": 4, "not_run": 4}
 TERMINATED = 143
@@ -155,12 +156,28 @@ def gate(
 
 
 @app.command()
-def explain(run_dir: RunDir, as_json: Json = False) -> None:
-    """Tell what the calibration chose at every site, and which site costs most."""
+def explain(
+    place: Annotated[
+        Path,
+        typer.Argument(help="A run folder; with --latency an artifact in it."),
+    ],
+    latency: Annotated[
+        bool, typer.Option("--latency", help="Where an artifact's time goes.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what the calibration chose at every site, or where an artifact's time goes."""
     from pipeline.explain import explain as collect
-    from pipeline.explain import show
+    from pipeline.explain import explain_latency, show, show_latency
 
-    facts = collect(run_dir)
+    if latency:
+        found = explain_latency(place)
+        if as_json:
+            sys.stdout.write(to_json(found).decode() + "\n")
+        else:
+            show_latency(found, out_console)
+        return
+    facts = collect(place)
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")
     else:

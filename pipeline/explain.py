@@ -6,6 +6,9 @@ has no calibration, or where there is no report yet, the quantized model's own.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -14,23 +17,26 @@ from rich.table import Table
 
 from pipeline.errors import ArtifactError, printable
 from pipeline.exports import MODEL_FILES
-from pipeline.records import QuantizedModel, Tuning
+from pipeline.records import Breakdown, QuantizedModel, Tuning
 from pipeline.run import MODEL
 from pipeline.tune import TUNING
-from reports import assemble, training, tuning
+from pipeline.worker import Worker
+from reports import assemble, breakdowns, training, tuning
 from reports.culprits import culprits, median_db, sentences, worst_first
 from reports.document import REPORT, Calibration, read_report
 from reports.pages import share, word
 from reports.summary import drop_in_points
+from targets.base import of_suffix, require_installed
+from targets.export import read_metadata
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from rich.console import Console
 
     from pipeline.records import Accuracy
 
 PARAMS = MODEL_FILES[0]
+BAR = 40
+"""Characters of the whole time."""
 NOTHING = "No activation is quantized beforehand here, so there is no site to explain."
 UNMEASURED = "No artifact's accuracy was measured."
 
@@ -95,6 +101,48 @@ def explain(out: Path) -> dict[str, Any]:
             "median_db": median_db(calibration.sites),
         }
     return facts
+
+
+def explain_latency(artifact: Path) -> Breakdown:
+    """Take an artifact's time apart on this machine.
+
+    Args:
+        artifact: In a run folder, whose integers then tell the floor; or elsewhere.
+
+    Raises:
+        EdgeError: It is no artifact of a runtime here.
+    """
+    target = of_suffix(artifact)
+    require_installed(target)
+    stated = read_metadata(artifact)
+    size, batch = stated.preprocessing.input_size, stated.batch
+    model = artifact.absolute().parents[2] / MODEL
+    with TemporaryDirectory() as folder, Worker(Path(folder) / "worker.log") as worker:
+        said = worker.call(
+            "targets.breakdown:breakdown_stage",
+            name=target.name,
+            path=str(artifact),
+            model=str(model) if (model / PARAMS).is_file() else None,
+            image_shape=[batch, len(stated.preprocessing.mean), size, size],
+            folder=folder,
+        ).value
+    export = json.loads(target.read_metadata(artifact))["export"]
+    where = {"runtime": target.name, "scheme": export["scheme"], "device": "local"}
+    return TypeAdapter(Breakdown).validate_python(where | said)
+
+
+def show_latency(found: Breakdown, console: Console) -> None:
+    """Print the sentences, and a row per kind of operation, longest first."""
+    for sentence in breakdowns.sentences(found):
+        _say(sentence, console)
+    table = _table("kind")
+    for title in ("ms", "share", "operations"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("")
+    for kind, ms, part, ops in breakdowns.rows(found):
+        table.add_row(kind, f"{ms:.3g}", share(part), str(ops), "█" * round(BAR * part))
+    if found.ms:
+        _print(table, console)
 
 
 def show(facts: dict[str, Any], console: Console) -> None:

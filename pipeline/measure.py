@@ -15,7 +15,15 @@ from pydantic import TypeAdapter
 from calib.preprocess import spare_workers
 from pipeline import benchmark
 from pipeline.errors import ArtifactError, WorkerError
-from pipeline.records import Accuracy, Agreement, Artifact, Checkpoint, Latency, Preprocessing
+from pipeline.records import (
+    Accuracy,
+    Agreement,
+    Artifact,
+    Breakdown,
+    Checkpoint,
+    Latency,
+    Preprocessing,
+)
 from pipeline.store import Stage, publish
 from reports.document import FloatResult
 from targets import base
@@ -330,3 +338,57 @@ class Timing:
             publish(folder, (self.stages.out / kept).parent, (benchmark.SAMPLES,))
         rows = benchmark.read_latencies(folder, info, threads=self.threads, samples_file=kept)
         return {a.name: rows[a.export.scheme] for a in group}
+
+    def breakdowns(self, artifacts: Sequence[Artifact], model: Path) -> list[Breakdown]:
+        """Take the time of every artifact apart that runs on this machine.
+
+        Args:
+            artifacts: Those of the run.
+            model: Folder with params.json and tensors.safetensors.
+        """
+        info = self.device.probe()
+        if isinstance(info, base.NotRun) or info.kind != "host":
+            return []
+        found = []
+        for name in dict.fromkeys(artifact.export.runtime for artifact in artifacts):
+            target = base.runtime(name)
+            if self.device.can_run(target) is None:
+                group = [artifact for artifact in artifacts if artifact.export.runtime == name]
+                found += self._taken_apart(info, target, group, model)
+        return found
+
+    def _taken_apart(
+        self,
+        info: base.DeviceInfo,
+        target: base.Runtime,
+        group: Sequence[Artifact],
+        model: Path,
+    ) -> list[Breakdown]:
+        found = []
+        # One worker for all of a runtime: the frameworks are slow to import.
+        with self.stages.worker(f"breakdown-{target.name}") as worker:
+            for one in group:
+                stage = Stage(
+                    name=f"breakdown-{one.name}",
+                    modules=("targets.breakdown", type(target).__module__),
+                    inputs=one.files,
+                    settings={"device": asdict(info), "image_shape": self.image_shape},
+                    libraries=target.capabilities.distributions,
+                )
+                if not self.asked and not self.stages.is_done(stage):
+                    continue
+                said = {"runtime": target.name, "scheme": one.export.scheme, "device": info.name}
+                try:
+                    said |= self.stages.do(
+                        stage,
+                        "targets.breakdown:breakdown_stage",
+                        worker=worker,
+                        name=target.name,
+                        path=str(self.stages.out / one.path),
+                        model=str(model),
+                        image_shape=self.image_shape,
+                    ).value
+                except (WorkerError, ArtifactError) as error:
+                    said |= {"outcome": "failed", "reason": str(error)}
+                found.append(TypeAdapter(Breakdown).validate_python(said))
+        return found

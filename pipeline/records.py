@@ -62,6 +62,18 @@ SCHEMES: tuple[Scheme, ...] = ("float", "w8a8", "w4a8", "w8a16", "w8a8-dynamic",
 ACTIVATION_BITS: dict[Scheme, Bits] = {"w8a8": 8, "w4a8": 8, "w8a16": 16, "w4a4": 4}
 """Of the schemes that fix the activations' grid beforehand; the others quantize no site."""
 PROFILES: tuple[Profile, ...] = ("full", "avx2")
+OpKind = Literal[
+    "pointwise",
+    "depthwise",
+    "convolution",
+    "layernorm",
+    "gelu",
+    "quantize",
+    "layout",
+    "add",
+    "other",
+]
+"""`convolution` is the stem's and the downsamples'; `other` is the head, pooling and rescaling."""
 PROFILE_OF_ISA: dict[Isa, Profile] = {"avx2": "avx2", "vnni": "full", "arm": "full"}
 
 
@@ -755,6 +767,39 @@ class Tuning:
             msg = "sensitivities, cost and front must speak of the same layers, at least one"
             raise ValueError(msg)
         return self
+
+
+# --- where the time goes --------------------------------------------------------------------------
+
+
+@_reported
+class Breakdown:
+    """Where an artifact's time goes, by its runtime's own profiler; one thread, one inference.
+
+    Attributes:
+        reason: Why there is none, where there is none.
+        method: What was asked.
+        ms: Milliseconds of each kind of operation: sums of medians.
+        ops: How many of each kind are executed.
+        floor_ms: Of the pointwise layers alone, in an artifact of their own in the same runtime.
+        macs_per_second: The rate at which the fastest stage's of them are done.
+        bytes_per_second: At which this machine copies memory.
+        bound_ms: What the roofline allows: all multiply-accumulates at that rate.
+    """
+
+    runtime: str
+    scheme: Scheme
+    device: str
+    outcome: Literal["measured", "not_run", "failed"]
+    reason: str | None = None
+    method: str | None = None
+    inferences: int | None = None
+    ms: dict[OpKind, float] | None = None
+    ops: dict[OpKind, int] | None = None
+    floor_ms: float | None = None
+    macs_per_second: float | None = None
+    bytes_per_second: float | None = None
+    bound_ms: float | None = None
 
 
 # --- graph form and placement ---------------------------------------------------------------------

@@ -254,9 +254,10 @@ class _Run:
             artifacts = self.exports.write(self.stages, integers)
             data = data.without(calibration=calibrated.value["skipped"])
             chosen = replace(
-                self._choices(integers, quantized, data, training), layouts=tuple(layouts.values())
+                self._choices(integers, quantized, data, training),
+                layouts=tuple(layouts.values()),
             )
-            report = self._report(steps, loaded, model, data, artifacts, chosen)
+            report = self._report(steps, loaded, model, data, artifacts, chosen, integers)
         store = self.stages.store
         return Finished(report=report, made=tuple(store.made), reused=tuple(store.reused))
 
@@ -268,6 +269,7 @@ class _Run:
         data: Data,
         artifacts: Sequence[Artifact],
         chosen: assemble.Choices,
+        integers: Path,
     ) -> Report:
         verification = Verification(
             self.stages, loaded, model, self.preprocessing, asked=steps.verify
@@ -297,6 +299,7 @@ class _Run:
             ],
             agreement=verified.agreement,
             chosen=chosen,
+            breakdowns=timing.breakdowns(artifacts, integers),
         )
         # What only exported has nothing to be judged by.
         budget = self.recipe.budget() if steps.verify or steps.bench else None

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Accuracy,
         Agreement,
         Artifact,
+        Breakdown,
         Checkpoint,
         Latency,
         Layout,
@@ -146,6 +147,7 @@ def report(
     artifacts: Sequence[ArtifactRow],
     agreement: Sequence[Agreement],
     chosen: Choices,
+    breakdowns: Sequence[Breakdown],
 ) -> Report:
     """Put the document together; the gate is still not_run."""
     return Report(
@@ -160,4 +162,5 @@ def report(
         tuning=chosen.tuning,
         training=chosen.training,
         layouts=chosen.layouts,
+        breakdowns=tuple(breakdowns),
     )

@@ -16,6 +16,7 @@ from pipeline.errors import ArtifactError
 from pipeline.records import (
     Accuracy,
     Agreement,
+    Breakdown,
     Fraction,
     Latency,
     Layout,
@@ -192,6 +193,9 @@ class Report(_Model):
     training: Annotated[Training | None, Field(description="null where nothing was trained")] = None
     layouts: Annotated[
         tuple[Layout, ...], Field(description="one per runtime: graph form and placement")
+    ] = ()
+    breakdowns: Annotated[
+        tuple[Breakdown, ...], Field(description="where the time of artifacts goes")
     ] = ()
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)

@@ -154,7 +154,12 @@ def draw_matrix(
 
 def colour_of(runtime: str) -> str:
     """Return the placeholder of a runtime's colour."""
-    return f"#0102a{slot_of(runtime)}"
+    return slot_colour(slot_of(runtime))
+
+
+def slot_colour(slot: int) -> str:
+    """Return the placeholder of one of as many colours as there are shapes."""
+    return f"#0102a{slot}"
 
 
 def new_figure(height: float, width: float = WIDTH) -> Figure:

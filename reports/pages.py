@@ -17,7 +17,7 @@ import jinja2
 
 from pipeline.statistics import MINIMUM_SAMPLES
 from pipeline.store import write_atomic
-from reports import layouts, training, tuning
+from reports import breakdowns, layouts, training, tuning
 from reports.charts import draw_charts, milliseconds
 from reports.culprits import MARGIN_DB, culprits, median_db, sentences, worst_first
 from reports.drawing import slot_of
@@ -199,6 +199,9 @@ def _index(report: Report) -> str:
         training_says=training.sentences(report.training) if report.training else (),
         training_page=TRAINING,
         layout_says=layouts.sentence,
+        breakdown=_verbatim(breakdowns.draw(report.breakdowns)),
+        breakdown_says=breakdowns.sentences,
+        breakdown_rows=breakdowns.rows,
     )
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.records import Export, Isa, Kind, Layer, Proof, Scheme
+    from pipeline.records import Export, Isa, Kind, Layer, OpKind, Proof, Scheme
     from pipeline.worker import Progress
     from targets.graph import Graph
 
@@ -78,6 +78,16 @@ class NotRun:
     reason: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpTime:
+    """One operation that a runtime executes: its kind, its type and name there, milliseconds."""
+
+    kind: OpKind
+    op: str
+    name: str
+    ms: float
+
+
 class Session(Protocol):
     """A loaded artifact, ready to run."""
 
@@ -105,6 +115,11 @@ class Runtime(Protocol):
 
     def load(self, path: Path, threads: int) -> Session:
         """Load an artifact with this many threads."""
+
+    def op_times(
+        self, path: Path, image: Image, *, threads: int, inferences: int
+    ) -> list[OpTime] | NotRun:
+        """Ask the runtime's own profiler what each operation takes: medians, in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -52,6 +52,9 @@ class Fake:
     def can_run(self):
         return None
 
+    def op_times(self, path, image, *, threads, inferences):
+        return []
+
     def load(self, path, threads):
         import numpy as np
 

@@ -59,8 +59,17 @@ def constants(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.Tens
                 yield from constants(inner)
 
 
-def session(path: Path, *, threads: int, optimised: Path | None = None) -> Any:
-    """Return a session on the CPU; `optimised` takes the graph that it really executes."""
+def session(
+    path: Path, *, threads: int, optimised: Path | None = None, profiled: Path | None = None
+) -> Any:
+    """Return a session on the CPU.
+
+    Args:
+        path: The file.
+        threads: Of an inference.
+        optimised: Takes the graph that it really executes.
+        profiled: The beginning of the name of the file that takes the time of every operation.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -69,6 +78,9 @@ def session(path: Path, *, threads: int, optimised: Path | None = None) -> Any:
     options.log_severity_level = 3
     if optimised is not None:
         options.optimized_model_filepath = str(optimised)
+    if profiled is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profiled)
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

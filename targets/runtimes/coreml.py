@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from targets.base import Image, Logits, Session
+    from targets.base import Image, Logits, OpTime, Session
 
 WEIGHTED_OPS = ("conv", "linear")
 WEIGHT_CONSTANT = "constexpr_affine_dequantize"
@@ -113,6 +113,12 @@ class CoreMl:
             reason=f"CoreML predicts on macOS only, this is {platform.system()}; "
             "the artifact's structure was checked"
         )
+
+    def op_times(
+        self, path: Path, image: Image, *, threads: int, inferences: int
+    ) -> list[OpTime] | NotRun:
+        """Return that nothing can be asked: CoreML's profiler is Xcode's."""
+        return NotRun(reason="CoreML has no profiler outside Xcode's Instruments")
 
     def load(self, path: Path, threads: int) -> Session:
         """Return a session through MLModel.predict; CoreML chooses its own threads."""

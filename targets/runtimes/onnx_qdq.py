@@ -17,6 +17,7 @@ activations unasked.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,10 +36,12 @@ from targets.base import (
     OUTPUT_NAME,
     Capabilities,
     NotRun,
+    OpTime,
     require_installed,
 )
 from targets.runtimes._counts import computing_layers
 from targets.runtimes._onnx_file import integer_weights, load, session
+from targets.runtimes._op_kinds import WARM_UP, kind_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +49,7 @@ if TYPE_CHECKING:
     import onnx
     from numpy.typing import NDArray
 
+    from pipeline.records import OpKind
     from targets.base import Image, Logits, Session
 
 OPSET, IR_VERSION = 20, 9
@@ -61,6 +65,7 @@ INTEGER_OPS = (
     "QLinearConv",
     "QLinearMatMul",
 )
+KERNEL_TIME = "_kernel_time"
 LAYOUT_OPS = ("Transpose", "ReorderInput", "ReorderOutput")
 QUANTIZE_OPS = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear")
 
@@ -133,6 +138,39 @@ class OnnxRuntime:
             return logits
 
         return run
+
+    def op_times(
+        self, path: Path, image: Image, *, threads: int, inferences: int
+    ) -> list[OpTime] | NotRun:
+        """Read onnxruntime's profile."""
+        with TemporaryDirectory() as folder:
+            running = session(path, threads=threads, profiled=Path(folder) / "profile")
+            for _ in range(WARM_UP + inferences):
+                running.run([OUTPUT_NAME], {INPUT_NAME: image})
+            events = json.loads(Path(running.end_profiling()).read_bytes())
+        kernels = [
+            one for one in events if one.get("cat") == "Node" and one["name"].endswith(KERNEL_TIME)
+        ]
+        per_run = len(kernels) // (WARM_UP + inferences)
+        times = np.array([one["dur"] for one in kernels]).reshape(-1, per_run)[WARM_UP:]
+        return [
+            OpTime(kind=_kind(op, name), op=op, name=name, ms=us / 1000)
+            for us, op, name in zip(
+                np.median(times, axis=0).tolist(),
+                (one["args"]["op_name"] for one in kernels),
+                (one["name"].removesuffix(KERNEL_TIME) for one in kernels),
+                strict=False,  # the names of one run
+            )
+        ]
+
+
+def _kind(op: str, name: str) -> OpKind:
+    if op in LAYOUT_OPS or op == "Reshape":
+        return "layout"
+    if op in QUANTIZE_OPS:
+        return "quantize"
+    # Its rewrites hang words on: stem.conv_nchwc, stages.0.blocks.1.depthwise_token_6.
+    return kind_of([name.partition("_nchwc")[0].partition("_token")[0].partition("_quant")[0]])
 
 
 class _Emitter:

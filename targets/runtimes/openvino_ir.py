@@ -28,17 +28,19 @@ from targets.base import (
     OUTPUT_NAME,
     Capabilities,
     NotRun,
+    OpTime,
     require_installed,
 )
 from targets.runtimes._counts import computing_layers
+from targets.runtimes._op_kinds import WARM_UP, kind_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
-    from pipeline.records import Quantization
+    from pipeline.records import OpKind, Quantization
     from targets.base import Image, Logits, Session
 
     Along = Callable[[NDArray[Any]], NDArray[Any]]
@@ -50,6 +52,9 @@ INTEGER_PRECISIONS = ("i8", "u8")
 WEIGHTED_TYPES = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 UNPACKING_TYPES = ("Convert", "Multiply")
 LAYOUT_TYPES = ("Transpose",)
+NOT_EXECUTED = ("undef", "unknown_f32")
+"""What was fused into another node, and what lies in memory already."""
+NORM_TYPES = ("MVN", "RMS", "ReduceMean", "Subgraph")
 LEVELS = ACTIVATION_MAX - ACTIVATION_MIN + 1
 FLOAT_OPS = (g.Norm, g.Add, g.Mean, g.Scale, g.Shift, g.ResponseNorm)
 """What computes in floats, whatever it reads."""
@@ -137,6 +142,47 @@ class OpenVino:
 
         return run
 
+    def op_times(
+        self, path: Path, image: Image, *, threads: int, inferences: int
+    ) -> list[OpTime] | NotRun:
+        """Read OpenVINO's counters of each node that it executes."""
+        compiled = _compile(path, threads=threads, PERF_COUNT=True)
+        request, runs = compiled.create_infer_request(), list[list[float]]()
+        for _ in range(WARM_UP + inferences):
+            request.infer({INPUT_NAME: image})
+            nodes = request.profiling_info
+            runs.append([one.cpu_time.total_seconds() * 1000 for one in nodes])
+        fused = {
+            node.get_friendly_name(): node.get_rt_info()["originalLayersNames"].astype(str)
+            for node in compiled.get_runtime_model().get_ordered_ops()
+        }
+        return [
+            OpTime(
+                kind=_kind(one.node_type, fused.get(one.node_name, "").split(",")),
+                op=f"{one.node_type} {one.exec_type}",
+                name=one.node_name,
+                ms=ms,
+            )
+            for one, ms in zip(nodes, np.median(runs[WARM_UP:], axis=0).tolist(), strict=True)
+            if one.exec_type not in NOT_EXECUTED
+        ]
+
+
+def _kind(op: str, names: Sequence[str]) -> OpKind:
+    if op in {"Reorder", "Reshape", *LAYOUT_TYPES}:
+        return "layout"
+    if op == "FakeQuantize":
+        return "quantize"
+    found = kind_of(names)
+    if found != "other":
+        return found
+    # Some nodes of what it takes apart or rewrites keep no name of ours.
+    if op in NORM_TYPES:
+        return "layernorm"
+    if any("Dequantization" in name for name in names):
+        return "quantize"
+    return "pointwise" if "head.fc" not in names and op in WEIGHTED_TYPES else "other"
+
 
 def _read(path: Path) -> Any:
     import openvino
@@ -166,10 +212,10 @@ def _integer_weights(model: Any) -> int:
     )
 
 
-def _compile(path: Path, *, threads: int) -> Any:
+def _compile(path: Path, *, threads: int, **more: object) -> Any:
     import openvino
 
-    settings = {**PARITY, "INFERENCE_NUM_THREADS": threads}
+    settings = {**PARITY, "INFERENCE_NUM_THREADS": threads, **more}
     return openvino.Core().compile_model(_read(path), "CPU", settings)
 
 

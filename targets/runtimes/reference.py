@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import torch
     from numpy.typing import NDArray
 
-    from targets.base import Image, Logits, Session
+    from targets.base import Image, Logits, OpTime, Session
 
 
 class Reference:
@@ -82,6 +82,12 @@ class Reference:
         """The reference runs wherever torch is installed."""
         require_installed(self)
         return None
+
+    def op_times(
+        self, path: Path, image: Image, *, threads: int, inferences: int
+    ) -> list[OpTime] | NotRun:
+        """Return that its time tells nothing."""
+        return NotRun(reason="the reference is made to be right, not fast")
 
     def load(self, path: Path, threads: int) -> Session:
         """Return a session that evaluates the graph."""

@@ -15,6 +15,7 @@ inner 5x5 and the frame around it: what is left of rows, and of columns, are dil
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from math import floor
@@ -32,9 +33,11 @@ from targets.base import (
     OUTPUT_NAME,
     Capabilities,
     NotRun,
+    OpTime,
     require_installed,
 )
 from targets.runtimes._counts import computing_layers
+from targets.runtimes._op_kinds import WARM_UP, kind_of
 from targets.runtimes._tflite_file import TfliteFile, load, not_tflite
 
 if TYPE_CHECKING:
@@ -140,6 +143,51 @@ class TfLite:
             return logits
 
         return run
+
+    def op_times(
+        self, path: Path, image: Image, *, threads: int, inferences: int
+    ) -> list[OpTime] | NotRun:
+        """Ask LiteRT's profiler, which tells the kernels in the file's order."""
+        from targets.runtimes._litert_profiler import profile
+
+        if not sys.platform.startswith("linux"):
+            return NotRun(reason="LiteRT's profiler is reached through its library for Linux")
+        names = _executed(path)
+        events = profile(path, threads, warm_up=WARM_UP, inferences=inferences)
+        if len(events) != inferences * len(names):
+            return NotRun(
+                reason=f"LiteRT's profiler tells {len(events) / inferences:g} operations of"
+                f" {len(names)}"
+            )
+        times = np.array([ms for _, ms in events]).reshape(inferences, -1)
+        return [
+            OpTime(
+                kind="quantize" if op in QUANTIZE_OPS else kind_of([name]),
+                op=f"{op} {kernel}",
+                name=name,
+                ms=ms,
+            )
+            for (op, name), (kernel, _), ms in zip(
+                names, events[: len(names)], np.median(times, axis=0).tolist(), strict=True
+            )
+        ]
+
+
+def _executed(path: Path) -> list[tuple[str, str]]:
+    """Return type and output of every operation of a file that an inference executes."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    model = load(path)
+    graph = model.subgraphs[0]
+    names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
+    return [
+        (
+            names[model.operatorCodes[op.opcodeIndex].builtinCode],
+            graph.tensors[op.outputs[0]].name.decode(),
+        )
+        for op in graph.operators
+        if not all(graph.tensors[one].buffer for one in op.inputs)  # done when it was loaded
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -350,6 +350,13 @@ def test_a_run_folder_is_tuned_and_its_measurements_are_kept(tmp_path: Path) -> 
     assert sentence(layout) in " ".join(said.split())
     shipped = [row for row in report.artifacts if row.scheme == layout.scheme]
     assert [row.graph_form for row in shipped] == [layout.graph_form]
-    assert "Candidates of onnx" in (tmp_path / "run" / "pages" / "index.html").read_text()
+    page = (tmp_path / "run" / "pages" / "index.html").read_text()
+    assert "Candidates of onnx" in page
+    assert "Where the time goes" in page
+    assert [one.scheme for one in report.breakdowns] == [row.scheme for row in report.artifacts]
+    assert all(one.floor_ms for one in report.breakdowns)
+    said = cli("explain", "--latency", "run/artifacts/onnx-float/model.onnx")
+    assert "Its pointwise layers alone take" in said
+    assert "depthwise" in said
     assert "tune-local-onnx          reused" in cli("tune", "run", "--effort", "quick")
     assert read_report(tmp_path / "run").layouts == (layout,)

@@ -1,0 +1,160 @@
+"""Where an artifact's time goes, against what its pointwise layers alone take and the roofline.
+
+In: an artifact and the folder with its integers. Out: milliseconds of each kind of operation, by
+the runtime's own profiler; the same of the pointwise layers alone, in artifacts of their own, one
+per stage of the network; and what this machine can do at most.
+
+Source: Williams, Waterman and Patterson, "Roofline: an insightful visual performance model", 2009.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, defaultdict
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import TypeAdapter
+
+from pipeline import quantize
+from pipeline.records import Export
+from targets.base import NotRun, runtime
+from targets.graph import Graph, Input, Linear, Mean, Op, QuantizePair
+from targets.translate import build_graph
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.worker import Progress
+    from targets.base import Runtime
+    from targets.graph import Weighted
+
+INFERENCES = 15
+COPIED_BYTES, COPIES = 1 << 26, 5
+"""More than caches hold."""
+
+
+def breakdown_stage(
+    name: str,
+    path: str,
+    model: str | None,
+    image_shape: Sequence[int],
+    folder: str,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Take an artifact's time apart.
+
+    Args:
+        name: The runtime.
+        path: The artifact.
+        model: Folder with params.json and tensors.safetensors, for the floor; None goes without.
+        image_shape: NCHW of one input.
+        folder: For what is written in between.
+        progress: Called per part.
+
+    Returns:
+        The fields of a `Breakdown` from `outcome` on, as JSON.
+    """
+    target = runtime(name)
+    image = np.zeros(tuple(image_shape), np.float32)
+    progress(0, 2)
+    found = target.op_times(Path(path), image, threads=1, inferences=INFERENCES)
+    if isinstance(found, NotRun):
+        return {"outcome": "not_run", "reason": found.reason}
+    ms, ops = defaultdict[str, float](float), Counter[str]()
+    for one in found:
+        ms[one.kind] += one.ms
+        ops[one.kind] += 1
+    said: dict[str, Any] = {
+        "outcome": "measured",
+        "method": f"{target.name}'s own profiler, medians of {INFERENCES} inferences, 1 thread",
+        "inferences": INFERENCES,
+        "ms": dict(ms),
+        "ops": dict(ops),
+        "bytes_per_second": bandwidth(),
+    }
+    progress(1, 2)
+    if model is not None:
+        with TemporaryDirectory(dir=folder) as place:
+            said |= _floor(target, Path(path), Path(model), Path(place))
+    progress(2, 2)
+    return said
+
+
+def _floor(target: Runtime, path: Path, model: Path, folder: Path) -> dict[str, float]:
+    stated = json.loads(target.read_metadata(path))["export"]
+    export = TypeAdapter(Export).validate_python(stated)
+    record, arrays = quantize.read(model)
+    graph = build_graph(record, arrays, target.capabilities, export)
+    batch = 1 if export.batch == "dynamic" else export.batch
+    total, rates = 0.0, list[float]()
+    for index, alone in enumerate(pointwise_alone(graph)):
+        artifact = folder / f"{index}{target.capabilities.suffix}"
+        target.export(alone, artifact, "{}")
+        image = np.zeros((batch, *alone.ops[0].shape), np.float32)
+        found = target.op_times(artifact, image, threads=1, inferences=INFERENCES)
+        assert not isinstance(found, NotRun), "the whole artifact was profiled"
+        ms = sum(one.ms for one in found if one.kind == "pointwise")
+        total += ms
+        rates.append(batch * sum(map(macs_of, alone.weighted)) / ms * 1000)
+    macs = batch * sum(map(macs_of, graph.weighted))
+    return {
+        "floor_ms": total,
+        "macs_per_second": max(rates),
+        "bound_ms": macs / max(rates) * 1000,
+    }
+
+
+def pointwise_alone(graph: Graph) -> list[Graph]:
+    """Return, for each stage of the network, its pointwise layers one after another.
+
+    The sites that they read and write are between them, so they run with the integers that they
+    have in the whole; what is left out is everything else.
+    """
+    stages = defaultdict[str, list[Op]](list)
+    for op in graph.ops:
+        if _belongs(graph, op):
+            stages[op.name.split(".blocks.")[0]].append(op)
+    return [replace(graph, ops=tuple(_chained(ops))) for ops in stages.values()]
+
+
+def _belongs(graph: Graph, op: Op) -> bool:
+    if isinstance(op, QuantizePair):
+        beside = [graph[name] for name in op.inputs] + list(graph.users(op.name))
+        return any(isinstance(one, Linear) and ".blocks." in one.name for one in beside)
+    return isinstance(op, Linear) and ".blocks." in op.name
+
+
+def _chained(ops: Sequence[Op]) -> list[Op]:
+    first = next(op for op in ops if isinstance(op, Linear))
+    _, height, width = first.shape
+    chain: list[Op] = [Input(name="input", inputs=(), shape=(first.weight.shape[1], height, width))]
+    for op in ops:
+        chain.append(replace(op, inputs=(chain[-1].name,), shape=_shape(op, chain[-1])))
+    last = chain[-1]
+    return [*chain, Mean(name="mean", inputs=(last.name,), shape=last.shape[:1])]
+
+
+def _shape(op: Op, before: Op) -> tuple[int, ...]:
+    return op.shape if isinstance(op, Linear) else before.shape
+
+
+def macs_of(op: Weighted) -> int:
+    """Return the multiply-accumulates of a layer for one image."""
+    return int(op.weight.size * np.prod(op.shape[1:]))
+
+
+def bandwidth() -> float:
+    """Return the bytes per second, read and written, at which one thread copies memory."""
+    source = np.ones(COPIED_BYTES // 4, np.float32)
+    target = np.empty_like(source)
+    seconds = []
+    for _ in range(COPIES):
+        started = time.perf_counter()
+        np.copyto(target, source)
+        seconds.append(time.perf_counter() - started)
+    return 2 * source.nbytes / float(np.median(seconds[1:]))

@@ -1,0 +1,200 @@
+"""Where the time goes: every operation has its kind, and the floor holds the pointwise layers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import TypeAdapter
+
+from calib.collect import collect
+from pipeline.convnext import seeded
+from pipeline.errors import ArtifactError
+from pipeline.fold import fold
+from pipeline.quantize import Given, quantize, read, write
+from pipeline.records import Architecture, Breakdown, Export, Preprocessing, Scheme
+from pipeline.worker import silent
+from reports import breakdowns
+from targets.base import NotRun, placement_of, runtime, runtimes
+from targets.breakdown import breakdown_stage, macs_of, pointwise_alone
+from targets.export import export_stage
+from targets.graph import Graph, Linear, QuantizePair
+from targets.runtimes._op_kinds import kind_of
+from targets.translate import build_graph
+
+NET = Architecture(depths=(1, 2), dims=(16, 32), classes=5)
+BLOCKS, SIZE = 3, 64
+PROFILED = ("onnx", "openvino", "tflite")
+FORMS = [
+    (name, form, scheme)
+    for name in PROFILED
+    for form in runtime(name).capabilities.graph_forms
+    for scheme in ("float", "w8a8")
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    pixels = 255 * torch.rand(8, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0)).numpy()
+    how = Preprocessing(input_size=SIZE)
+    folded = fold(seeded(NET, 0), how)
+    given = Given(folded=folded, statistics=collect(folded, [pixels]), sample=pixels)
+    write(folder, *quantize(given, how, labels=None, parents={}))
+    return folder
+
+
+def export_of(name: str, scheme: Scheme, form: str | None = None, placement: str = "all") -> Export:
+    can = runtime(name).capabilities
+    return Export(
+        runtime=name,
+        scheme=scheme,
+        placement="none" if scheme == "float" else placement_of(runtime(name), placement),
+        graph_form=form or can.graph_forms[0],
+        gelu=can.gelu,
+        profile=None if scheme == "float" else "full",
+    )
+
+
+def artifact(model: Path, export: Export, folder: Path) -> Path:
+    made = export_stage(str(model), asdict(export), str(folder), silent)
+    return folder / str(made["path"])
+
+
+@pytest.mark.parametrize(("name", "form", "scheme"), FORMS)
+def test_every_operation_has_its_kind(
+    model: Path, name: str, form: str, scheme: Scheme, tmp_path: Path
+) -> None:
+    path = artifact(model, export_of(name, scheme, form), tmp_path)
+    image = np.zeros((1, 3, SIZE, SIZE), np.float32)
+    found = runtime(name).op_times(path, image, threads=1, inferences=3)
+    assert not isinstance(found, NotRun)
+    kinds = Counter(one.kind for one in found)
+    assert kinds["pointwise"] >= 2 * BLOCKS
+    assert kinds["depthwise"] >= BLOCKS
+    assert kinds["convolution"] == 2
+    # BLOCKS, the stem's, the downsample's and the head's, each of one operation or of many.
+    assert kinds["layernorm"] >= BLOCKS + 3
+    # OpenVINO fuses it into the layer in front where that writes what comes behind.
+    assert kinds["gelu"] == BLOCKS or name == "openvino"
+    assert all(one.ms >= 0 for one in found)
+    assert sum(one.ms for one in found) > 0
+    unnamed = [one.name for one in found if one.kind == "other" and "head" not in one.name]
+    assert all("rescaled" in one or "Multiply" in one for one in unnamed), unnamed
+
+
+def test_two_runs_name_the_same_operations(model: Path, tmp_path: Path) -> None:
+    path = artifact(model, export_of("onnx", "w8a8"), tmp_path)
+    image = np.zeros((1, 3, SIZE, SIZE), np.float32)
+    runs = [runtime("onnx").op_times(path, image, threads=1, inferences=n) for n in (1, 4)]
+    first, second = ([(o.op, o.name, o.kind) for o in run] for run in runs if isinstance(run, list))
+    assert first == second
+
+
+def graph_of(model: Path, export: Export) -> Graph:
+    record, arrays = read(model)
+    return build_graph(record, arrays, runtime(export.runtime).capabilities, export)
+
+
+@pytest.mark.parametrize("name", PROFILED)
+@pytest.mark.parametrize("placement", ["pointwise", "all"])
+def test_the_floor_is_the_pointwise_layers_with_their_integers(
+    model: Path, name: str, placement: str, tmp_path: Path
+) -> None:
+    whole = graph_of(model, export_of(name, "w8a8", placement=placement))
+    alone = pointwise_alone(whole)
+    assert len(alone) == len(NET.depths)
+    layers = [op for graph in alone for op in graph.weighted]
+    wanted = [op for op in whole.weighted if isinstance(op, Linear) and ".blocks." in op.name]
+    assert [op.name for op in layers] == [op.name for op in wanted]
+    assert all(a.integers is b.integers for a, b in zip(layers, wanted, strict=True))
+    for index, graph in enumerate(alone):
+        # A site in front of every layer, so that each computes in integers here too.
+        assert all(isinstance(graph[op.inputs[0]], QuantizePair) for op in graph.weighted)
+        target = runtime(name)
+        path = tmp_path / f"{index}{target.capabilities.suffix}"
+        target.export(graph, path, "{}")
+        assert target.prove(path, graph).integer_layers == len(graph.weighted)
+
+
+def test_multiply_accumulates_are_counted(model: Path) -> None:
+    graph = graph_of(model, export_of("onnx", "float"))
+    conv, pw1, head = (graph[n] for n in ("stem.conv", "stages.0.blocks.0.pw1", "head.fc"))
+    places = (SIZE // 4) ** 2
+    assert macs_of(conv) == 16 * 3 * 16 * places  # type: ignore[arg-type]
+    assert macs_of(pw1) == 16 * 64 * places  # type: ignore[arg-type]
+    assert macs_of(head) == 32 * 5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", PROFILED)
+def test_the_stage_tells_kinds_floor_and_bound(model: Path, name: str, tmp_path: Path) -> None:
+    path = artifact(model, export_of(name, "w8a8", placement="pointwise"), tmp_path)
+    said: dict[str, Any] = breakdown_stage(
+        name, str(path), str(model), (1, 3, SIZE, SIZE), str(tmp_path), silent
+    )
+    where = {"runtime": name, "scheme": "w8a8", "device": "local"}
+    found = TypeAdapter(Breakdown).validate_python(where | said)
+    assert found.outcome == "measured"
+    assert found.ms is not None
+    assert found.ops is not None
+    assert found.ms.keys() == found.ops.keys()
+    total = breakdowns.total_ms(found)
+    assert found.floor_ms is not None
+    assert found.bound_ms is not None
+    assert found.floor_ms > 0
+    assert found.bound_ms > 0
+    assert sum(share for _, _, share, _ in breakdowns.rows(found)) == pytest.approx(1)
+    assert f"{total / found.floor_ms:.2f} times" in " ".join(breakdowns.sentences(found))
+    assert (breakdowns.draw([found]) or "").count("<svg") == 1
+    assert {one.name for one in tmp_path.iterdir()} == {path.name, *beside(path)}
+
+
+def beside(path: Path) -> set[str]:
+    return {path.with_suffix(".bin").name} if path.suffix == ".xml" else set()
+
+
+def test_without_the_integers_there_is_no_floor(model: Path, tmp_path: Path) -> None:
+    path = artifact(model, export_of("onnx", "float"), tmp_path)
+    said = breakdown_stage("onnx", str(path), None, (1, 3, SIZE, SIZE), str(tmp_path), silent)
+    assert said["outcome"] == "measured"
+    assert "floor_ms" not in said
+
+
+@pytest.mark.parametrize("name", sorted(set(runtimes()) - set(PROFILED)))
+def test_who_has_no_profiler_says_so(name: str, tmp_path: Path) -> None:
+    said = breakdown_stage(name, "nothing", None, (1, 3, 8, 8), str(tmp_path), silent)
+    assert said["outcome"] == "not_run"
+    found = TypeAdapter(Breakdown).validate_python(
+        {"runtime": name, "scheme": "float", "device": "local", **said}
+    )
+    assert breakdowns.sentences(found) == (f"{name} float: not run: {said['reason']}",)
+    assert breakdowns.draw([found]) is None
+
+
+def test_a_damaged_file_is_refused_by_the_profiler(tmp_path: Path) -> None:
+    from targets.runtimes._litert_profiler import profile
+
+    (tmp_path / "model.tflite").write_bytes(b"\0" * 64)
+    with pytest.raises(ArtifactError, match="LiteRT's profiler: LiteRtCreateModelFromFile answers"):
+        profile(tmp_path / "model.tflite", 1, warm_up=0, inferences=1)
+
+
+@pytest.mark.parametrize(
+    ("names", "kind"),
+    [
+        (["stages.0.blocks.1.norm.mean"], "layernorm"),
+        (["stages.1.downsample.norm"], "layernorm"),
+        (["stages.1.downsample.conv"], "convolution"),
+        (["Multiply_9210", "stages.0.blocks.0.pw1", "stages.0.blocks.0.gelu"], "pointwise"),
+        (["stages.0.blocks.0.depthwise.2"], "depthwise"),
+        (["head.pool"], "other"),
+        ([], "other"),
+    ],
+)
+def test_a_name_tells_the_kind(names: list[str], kind: str) -> None:
+    assert kind_of(names) == kind
