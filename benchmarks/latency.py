@@ -85,7 +85,7 @@ def measure(
         folder = work / model
         folder.mkdir(exist_ok=True)
         checkpoint = folder / f"{model}.safetensors"
-        _write_seeded(model, checkpoint)
+        write_seeded(model, checkpoint)
         settings = runs.Settings(checkpoint=str(checkpoint), eval=None, draws=1, **options)
         bench = Bench(folder, settings, console, ours, peers)
         rows = bench.rows()
@@ -95,7 +95,8 @@ def measure(
     return found
 
 
-def _write_seeded(model: str, path: Path) -> None:
+def write_seeded(model: str, path: Path) -> None:
+    """Write a checkpoint of a named size whose weights are drawn from a seed."""
     from pipeline.checkpoint import save
     from pipeline.convnext import SIZES, seeded
 
