@@ -8,6 +8,9 @@ with its 95 % interval, and what each loses in accuracy.
 Needs the extras `all` and `peers`, on constraints.txt:
 
     python benchmarks/latency.py --models tiny,atto --input-size 224 --threads 1 --json latency.json
+
+With ONEDNN_MAX_CPU_ISA=AVX2 in the environment OpenVINO takes its kernels for AVX2 without VNNI;
+`--runtimes openvino --isa avx2` then measures those. The others cannot be told.
 """
 
 from __future__ import annotations
@@ -45,8 +48,12 @@ HOSTS = ("onnx", "openvino", "tflite")
 CLASSES, SEED = 10, 0
 
 
-def ways() -> tuple[Ours, ...]:
-    """Return the ways to run this project: each placement, made for this CPU and for any."""
+def ways(runtimes: Sequence[str] = HOSTS) -> tuple[Ours, ...]:
+    """Return the ways to run this project: each placement, made for this CPU and for any.
+
+    Args:
+        runtimes: Those that are measured.
+    """
     found = [
         Ours("w8a8", "pointwise", HOSTS),
         Ours("w8a8", "all", HOSTS),
@@ -56,7 +63,8 @@ def ways() -> tuple[Ours, ...]:
     if host_isa() == "avx2":
         # What headroom costs: the same without it, whose integers are wrong on this CPU.
         found.append(Ours("w8a8", "pointwise", ("onnx", "openvino"), isa="vnni"))
-    return tuple(found)
+    kept = ((one, tuple(name for name in one.runtimes if name in runtimes)) for one in found)
+    return tuple(one._replace(runtimes=names) for one, names in kept if names)
 
 
 def measure(
@@ -174,6 +182,7 @@ def main() -> None:
     add = parser.add_argument
     add("--models", default="tiny,atto", help="of seeded weights, comma-separated")
     add("--input-size", type=int, default=224)
+    add("--runtimes", default=",".join(HOSTS), help="comma-separated")
     add("--threads", default="1", help="of an inference; several comma-separated")
     add("--data", default="digits", help="images that calibrate and evaluate")
     add("--images", type=int, default=64, help="evaluate on at most this many")
@@ -200,15 +209,24 @@ def _run(target: Path, work: Path | None, options: Row) -> None:
         raise UsageError(
             f"--threads is {', '.join(asked)!r}", allowed="1 or 1,2", do="Correct --threads"
         )
+    runtimes = words.listed(options.pop("runtimes"))
+    if not runtimes or not set(runtimes) <= set(HOSTS):
+        raise UsageError(
+            f"--runtimes is {', '.join(runtimes)!r}",
+            allowed=", ".join(HOSTS),
+            do="Correct --runtimes",
+        )
     options["data"] = words.data_place(options["data"])
     check_places(target, work)
     os.environ["NNCF_EXTENSION_LOAD_TIMEOUT"] = "0"  # its build takes longer on few cores
     begin, load = time.monotonic(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="convnext-edge-") as folder:
-        peers = [peer for peer in PEERS if peer.runtime in HOSTS]
-        rows = measure(models, threads, options, work or Path(folder), ways(), peers)
+        peers = [peer for peer in PEERS if peer.runtime in runtimes]
+        place = work or Path(folder)
+        rows = measure(models, threads, options, place, ways(runtimes), peers)
     document: Row = {
-        "settings": {**options, "models": models, "threads": threads},
+        "settings": {**options, "models": models, "runtimes": runtimes, "threads": threads},
+        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         **machine(),
         "load_before": load,
         "seconds": round(time.monotonic() - begin, 1),

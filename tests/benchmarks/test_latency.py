@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.accuracy import Ours
 from benchmarks.accuracy_runs import PER_ROUND
-from benchmarks.latency import measure, pairs
+from benchmarks.latency import HOSTS, measure, pairs, ways
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "latency.py"
 
@@ -55,6 +55,13 @@ def test_what_was_not_timed_has_its_reason(
     assert found["ratio_cpu"] is None
     assert found["reason"].startswith(whose)
     assert "does not load" in found["reason"]
+
+
+def test_ways_keep_to_the_runtimes() -> None:
+    assert {name for way in ways() for name in way.runtimes} == set(HOSTS)
+    found = ways(["openvino"])
+    assert {way.runtimes for way in found} == {("openvino",)}
+    assert not any(way.scheme == "w8a8-dynamic" for way in found)
 
 
 def test_a_network_and_images_come_to_be_measured(tmp_path: Path) -> None:
