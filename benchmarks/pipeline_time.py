@@ -31,7 +31,7 @@ from benchmarks.accuracy import check_places, in_one_line, machine
 from benchmarks.accuracy_peers import PEERS, Job
 from benchmarks.latency import write_seeded
 from pipeline import words
-from pipeline.errors import UsageError
+from pipeline.errors import ArtifactError, UsageError
 from pipeline.records import Preprocessing
 from pipeline.store import write_atomic
 
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Row = dict[str, Any]
+LONGEST = 400
 
 TOOLS = ("ort_quantize_static", "nncf_default", "tfliteconverter_int8", "coremltools_linear")
 """The default path of each runtime's own tool, as in accuracy_peers.py."""
@@ -56,7 +57,7 @@ def measure(model: str, options: Row, work: Path) -> list[Row]:
         `method`, `wall_s` and `cpu_s` of ours and of each tool.
 
     Raises:
-        subprocess.CalledProcessError: Our own run fails; what it printed is in its log.
+        ArtifactError: Our own run fails.
     """
     checkpoint = work / f"{model}.safetensors"
     write_seeded(model, checkpoint)
@@ -67,7 +68,9 @@ def measure(model: str, options: Row, work: Path) -> list[Row]:
     size = Preprocessing(**prepared["preprocessing"]).input_size
     job = Job(checkpoint=str(checkpoint), calibration=work / runs.calibration_of(0), size=size)
     rows = [_timed("ours, four formats", lambda: _ours(checkpoint, options, work))]
-    for peer in (one for one in PEERS if one.method in TOOLS):
+    peers = [one for one in PEERS if one.method in TOOLS]
+    assert len(peers) == len(TOOLS), "a tool has another name now"
+    for peer in peers:
         folder = work / peer.method
         folder.mkdir()
         path = folder / f"model{runs.SUFFIXES[peer.runtime]}"
@@ -84,8 +87,13 @@ def _ours(checkpoint: Path, options: Row, work: Path) -> None:
     command += ["--checkpoint", str(checkpoint), "--eval", "none", "--out", str(work / "ours")]
     for name, value in options.items():
         command += [f"--{name.replace('_', '-')}", str(value)]
-    with (work / "ours.log").open("wb") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log)
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise ArtifactError(
+            f"our own run failed: {' '.join(done.stderr.split())[-LONGEST:]}",
+            allowed="a run to the end",
+            do="Run it alone: " + " ".join(command[1:]),
+        )
 
 
 def _timed(method: str, make: Callable[[], None]) -> Row:

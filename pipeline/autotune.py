@@ -62,6 +62,7 @@ class Conditions:
         threads: Of an inference.
         architecture: Of the network: with `image_shape` it says how long a candidate takes.
         macs: Multiply-accumulates of one image.
+        float_layers: Layers that no candidate has in integers.
         image_shape: NCHW of one input.
         effort: How many candidates and rounds.
         asked: Whether to measure what is missing, or only to take over what was measured before.
@@ -71,6 +72,7 @@ class Conditions:
     threads: int
     architecture: Architecture
     macs: int
+    float_layers: tuple[str, ...]
     image_shape: tuple[int, int, int, int]
     effort: Effort
     asked: bool
@@ -123,8 +125,13 @@ class Autotuner:
         why = info.reason if isinstance(info, base.NotRun) else self._why_not(target, info)
         if why is not None or isinstance(info, base.NotRun):
             return self.exports.default_layout(target, why or "")
-        wanted = candidates(target.capabilities, self.exports.exports(target), self.given.effort)
-        if len(wanted) == len({one.scheme for one in wanted}):
+        wanted = candidates(
+            target.capabilities,
+            self.exports.exports(target),
+            self.given.effort,
+            asked=self.exports.recipe.placement is not None,
+        )
+        if len(wanted) == 1:
             return self.exports.default_layout(target, "there is nothing to choose from")
         stage = self._stage(target, info, wanted)
         if not self.given.asked and not self.stages.is_done(stage):
@@ -166,7 +173,7 @@ class Autotuner:
             settings={
                 "architecture": asdict(self.given.architecture),
                 "image_shape": self.given.image_shape,
-                "float_layers": self.exports.recipe.float_layers,
+                "float_layers": self.given.float_layers,
                 "candidates": [asdict(one) for one in wanted],
                 "device": asdict(info),
                 "threads": self.given.threads,
@@ -188,25 +195,35 @@ class Autotuner:
         found, paths = dict[Export, Candidate](), dict[Export, Path]()
         # Where the run's own stages are: a temporary folder elsewhere may be too small.
         with TemporaryDirectory(dir=folder) as place:
-            with self.stages.worker(f"tune-{target.name}") as worker:
-                for index, export in enumerate(wanted):
-                    progress(index, 2 * len(wanted))
-                    try:
-                        inner = Path(place) / str(index)
-                        inner.mkdir()
-                        made = worker.call(
-                            "targets.export:export_stage",
-                            model=str(model),
-                            export=asdict(export),
-                            folder=str(inner),
-                        )
-                        paths[export] = inner / made.value["path"]
-                    except (WorkerError, ArtifactError) as error:
-                        found[export] = _failed(export, error)
+            for index, export in enumerate(wanted):
+                progress(index, len(wanted))
+                inner = Path(place) / str(index)
+                inner.mkdir()
+                made = self._exported(target, model, export, inner)
+                if isinstance(made, Candidate):
+                    found[export] = made
+                else:
+                    paths[export] = made
             raw = self._heats(paths, found, progress)
         ranked = sorted(found.values(), key=lambda one: _rank(one, self.given.clock))
         (folder / MEASURED).write_bytes(_CANDIDATES.dump_json(tuple(ranked), indent=1))
         (folder / SAMPLES).write_bytes(TypeAdapter(list[list[base.Samples]]).dump_json(raw))
+
+    def _exported(
+        self, target: Runtime, model: Path, export: Export, folder: Path
+    ) -> Path | Candidate:
+        """Write a candidate; one whose process dies takes no other one with it."""
+        try:
+            with self.stages.worker(f"tune-{target.name}") as worker:
+                made = worker.call(
+                    "targets.export:export_stage",
+                    model=str(model),
+                    export=asdict(export),
+                    folder=str(folder),
+                )
+        except (WorkerError, ArtifactError) as error:
+            return _failed(export, error)
+        return folder / str(made.value["path"])
 
     def _heats(
         self, paths: Mapping[Export, Path], found: dict[Export, Candidate], progress: Progress
@@ -242,16 +259,19 @@ class Autotuner:
         self, target: Runtime, model: Path, info: DeviceInfo, found: Sequence[Candidate]
     ) -> Layout:
         floats = [one for one in found if one.scheme == "float" and one.outcome == "measured"]
-        if not floats:
-            return self.exports.default_layout(target, "no float candidate could be measured")
-        kept, seen, why = None, dict[int, Candidate](), "no candidate in integers could be measured"
-        for index in in_order(found, self.given.clock):
+        quantized, order = self.exports.recipe.scheme != "float", in_order(found, self.given.clock)
+        if not floats or (quantized and not order):
+            # The export itself then says what is wrong with it.
+            return self.exports.default_layout(target, "no candidate could be measured")
+        kept, seen, why = None, dict[int, Candidate](), "the fastest form of it"
+        for index in order:
             one = found[index]
             ratio, (low, high) = _ratio(one, self.given.clock)
             took = f"{ratio:.2f} ({low:.2f} to {high:.2f}) of the best float one's"
             took += f" {self.given.clock} time"
             if high > 1:
                 why = f"the fastest in integers, which takes {took}, is not shown to be faster"
+                why += "; a faster one loses too much accuracy" if seen else ""
                 break
             kept, why = one, took
             if self.keeps is None:
@@ -293,7 +313,9 @@ class Autotuner:
         return self.exports.laid_out({target.name: layout}).exports(target)[-1]
 
 
-def candidates(can: Capabilities, defaults: Sequence[Export], effort: Effort) -> tuple[Export, ...]:
+def candidates(
+    can: Capabilities, defaults: Sequence[Export], effort: Effort, *, asked: bool = False
+) -> tuple[Export, ...]:
     """Return every way to lay out a runtime's artifacts that is worth measuring.
 
     Args:
@@ -301,7 +323,8 @@ def candidates(can: Capabilities, defaults: Sequence[Export], effort: Effort) ->
         defaults: What it exports by default: the float artifact and, unless that is all, the
             quantized one.
         effort: `quick` keeps to the default placement's layers, so that integers stay what they
-            are; `full` takes every placement, where none was asked.
+            are; `full` takes every placement.
+        asked: Whether the placement was asked for, and stays.
 
     Returns:
         Every form of the float artifact, then every form and placement of the quantized one.
@@ -311,7 +334,7 @@ def candidates(can: Capabilities, defaults: Sequence[Export], effort: Effort) ->
         if one.scheme == "float":
             found += [replace(one, graph_form=form) for form in can.graph_forms]
             continue
-        for placement in _placements(can, one, effort):
+        for placement in [one.placement] if asked else _placements(can, one, effort):
             found += [
                 replace(one, placement=placement, graph_form=form)
                 for form in can.graph_forms

@@ -176,7 +176,7 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
                 "baseline": words.absolute(baseline),
             },
         )
-        steps = Steps(export=export, verify=measure, bench=measure)
+        steps = Steps(export=export, verify=measure, bench=measure, choose=measure)
         _conclude(_execute(settings, out, steps), out)
 
 
@@ -331,7 +331,7 @@ def verify(run_dir: RunDir) -> None:
     """Run the artifacts of a run folder over its evaluation images."""
     from pipeline.run import Steps
 
-    _conclude(_execute(recipe_of(run_dir), run_dir, Steps(bench=False)), run_dir)
+    _conclude(_execute(recipe_of(run_dir), run_dir, Steps(bench=False, choose=False)), run_dir)
 
 
 @app.command()
@@ -348,13 +348,15 @@ def bench(
     changes = {name: value for name, value in flags.items() if value is not None}
     stored = recipe_of(run_dir)
     settings = load_recipe(None, {**stored.model_dump(exclude_none=True), **changes})
-    _conclude(_execute(settings, run_dir, Steps(verify=False)), run_dir)
+    _conclude(_execute(settings, run_dir, Steps(verify=False, choose=False)), run_dir)
 
 
 @app.command()
 def tune(
     run_dir: RunDir,
-    effort: Annotated[str, typer.Option(help="quick or full.")] = "full",
+    effort: Annotated[
+        str, typer.Option(help="quick, or full: all placements, with integers chosen anew.")
+    ] = "quick",
     device: Annotated[str | None, typer.Option(help="Where candidates are measured.")] = None,
     threads: Annotated[int | None, typer.Option(help="Threads while measuring.")] = None,
 ) -> None:

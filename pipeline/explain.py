@@ -30,6 +30,8 @@ from targets.base import of_suffix, require_installed
 from targets.export import read_metadata
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.console import Console
 
     from pipeline.records import Accuracy
@@ -116,19 +118,29 @@ def explain_latency(artifact: Path) -> Breakdown:
     require_installed(target)
     stated = read_metadata(artifact)
     size, batch = stated.preprocessing.input_size, stated.batch
-    model = artifact.absolute().parents[2] / MODEL
+    described = json.loads(target.read_metadata(artifact))
     with TemporaryDirectory() as folder, Worker(Path(folder) / "worker.log") as worker:
         said = worker.call(
             "targets.breakdown:breakdown_stage",
             name=target.name,
             path=str(artifact),
-            model=str(model) if (model / PARAMS).is_file() else None,
+            model=_integers_of(artifact, described["parents"]),
             image_shape=[batch, len(stated.preprocessing.mean), size, size],
             folder=folder,
         ).value
-    export = json.loads(target.read_metadata(artifact))["export"]
-    where = {"runtime": target.name, "scheme": export["scheme"], "device": "local"}
+    where = {"runtime": target.name, "scheme": described["export"]["scheme"], "device": "local"}
     return TypeAdapter(Breakdown).validate_python(where | said)
+
+
+def _integers_of(artifact: Path, parents: Mapping[str, str]) -> str | None:
+    """Return the model of the run folder that an artifact lies in, where it was made from that."""
+    run = next(iter(artifact.absolute().parents[2:3]), None)
+    try:
+        text = (run / MODEL / PARAMS).read_bytes() if run is not None else b""
+        model = TypeAdapter(QuantizedModel).validate_json(text)
+    except (OSError, ValidationError):
+        return None
+    return str(run / MODEL) if run is not None and model.parents == parents else None
 
 
 def show_latency(found: Breakdown, console: Console) -> None:

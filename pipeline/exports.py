@@ -5,6 +5,7 @@ In: a recipe and a folder with a quantized model. Out: one `Artifact` per runtim
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
@@ -146,7 +147,14 @@ class Exports:
             with stages.worker(f"export-{target.name}") as worker:
                 wanted = self.exports(target)
                 made = [self._artifact(stages, worker, one, model) for one in wanted]
-            return [_published(stages, one) for one in made] if kept else made
+            if not kept:
+                return made
+            # What is no longer shipped must not stand beside what is.
+            for scheme in set(SCHEMES) - {one.export.scheme for one in made}:
+                shutil.rmtree(
+                    stages.out / ARTIFACTS / f"{target.name}-{scheme}", ignore_errors=True
+                )
+            return [_published(stages, one) for one in made]
 
         return [item for items in stages.side_by_side(export, self.targets) for item in items]
 

@@ -177,6 +177,15 @@ class Recipe(_Strict):
 
     @model_validator(mode="after")
     def _a_drop_needs_a_scheme(self) -> Recipe:
+        if self.tune == "full" and (self.finetune is not None or self.max_drop is not None):
+            msg = (
+                "tune full chooses the integers anew, and so does not go with finetune or max_drop:"
+                " take quick"
+            )
+            raise ValueError(msg)
+        if self.max_drop is not None and self.eval == NONE:
+            msg = "max_drop needs evaluation images, and eval is none"
+            raise ValueError(msg)
         if self.scheme == "w8a8-dynamic" and self.max_drop is not None:
             msg = (
                 "max_drop does not go with w8a8-dynamic: there the runtime quantizes activations,"

@@ -784,7 +784,8 @@ class Breakdown:
         floor_ms: Of the pointwise layers alone, in an artifact of their own in the same runtime.
         macs_per_second: The rate at which the fastest stage's of them are done.
         bytes_per_second: At which this machine copies memory.
-        bound_ms: What the roofline allows: all multiply-accumulates at that rate.
+        bound_ms: What the roofline allows: all multiply-accumulates at that rate, or all weights
+            read from memory once, whichever takes longer.
     """
 
     runtime: str

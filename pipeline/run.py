@@ -34,10 +34,12 @@ from pipeline.recorder import METRICS
 from pipeline.records import (
     Artifact,
     Checkpoint,
+    Layout,
     Preprocessing,
     QuantizedModel,
     Training,
     Tuning,
+    to_json,
 )
 from pipeline.sidecar import DEFAULT_INPUT_SIZE, GEOMETRY, read_sidecar
 from pipeline.stages import Done, Stages
@@ -55,7 +57,7 @@ if TYPE_CHECKING:
 
     from pipeline.data import Data
     from pipeline.display import Display
-    from pipeline.records import Accuracy, Latency, Layout
+    from pipeline.records import Accuracy, Latency
     from pipeline.sidecar import Sidecar
     from reports.document import Report
     from targets.base import DeviceInfo
@@ -63,10 +65,10 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).parent / "embedded" / "digits.safetensors"
 EMBEDDED_RECIPE = Path(__file__).parent / "embedded" / "recipe.toml"
 
-RECIPE, MODEL = "recipe.json", "model"
+RECIPE, MODEL, LAYOUTS = "recipe.json", "model", "layouts.json"
 """Places in a run folder, beside artifacts/, stages/, logs/, samples/ and what `pipeline.conclude`
 writes."""
-PUBLISHED, LEFT = (MODEL, ARTIFACTS, PAGES), (REPORT, JUNIT, SUMMARY)
+PUBLISHED, LEFT = (MODEL, ARTIFACTS, PAGES), (REPORT, JUNIT, SUMMARY, LAYOUTS)
 """Folders and files that another model takes the place of."""
 
 
@@ -74,6 +76,7 @@ PUBLISHED, LEFT = (MODEL, ARTIFACTS, PAGES), (REPORT, JUNIT, SUMMARY)
 class Steps:
     """How far a run goes; a step that is not asked still takes over what was finished before.
 
+    `choose` chooses the runtimes' layouts; without it those of the last run that did are kept.
     `restart` throws an unfinished training away instead of going on from it; `beside` is a run
     folder that this one follows, whose finished stages count as well.
     """
@@ -81,6 +84,7 @@ class Steps:
     export: bool = True
     verify: bool = True
     bench: bool = True
+    choose: bool = True
     restart: bool = False
     beside: Path | None = None
 
@@ -429,6 +433,8 @@ class _Run:
         self, integers: Path, steps: Steps, loaded: Done, model: Checkpoint, data: Data
     ) -> dict[str, Layout]:
         """Choose the graph form and placement of every runtime, by measurement where asked."""
+        if not steps.choose:
+            return self._layouts_kept()
         budget = self.recipe.budget()
         limit = budget.max_drop_pp if budget is not None else None
         given = Conditions(
@@ -436,6 +442,7 @@ class _Run:
             threads=self.recipe.threads,
             architecture=model.architecture,
             macs=loaded.value["macs"],
+            float_layers=quantized_model(integers).float_layers,
             image_shape=self._image_shape(model),
             effort=self.recipe.tune,
             asked=steps.bench and self.recipe.bench,
@@ -444,7 +451,22 @@ class _Run:
         if limit is not None and data.evaluation is not None and steps.verify:
             verification = Verification(self.stages, loaded, model, self.preprocessing, asked=True)
             keeps = partial(_keeps, verification.of(data.evaluation), limit)
-        return Autotuner(self.stages, self.exports, given, keeps).run(integers)
+        found = Autotuner(self.stages, self.exports, given, keeps).run(integers)
+        write_atomic(self.out / LAYOUTS, to_json(found))
+        return found
+
+    def _layouts_kept(self) -> dict[str, Layout]:
+        """Read what was chosen before; a runtime of which nothing fits takes its default."""
+        try:
+            found = TypeAdapter(dict[str, Layout]).validate_json((self.out / LAYOUTS).read_bytes())
+        except (OSError, ValidationError):
+            found = {}
+        why, kept = "not chosen by measurement: run `convnext-edge tune RUN_DIR`", {}
+        for target in self.exports.targets:
+            default = self.exports.default_layout(target, why)
+            before = found.get(target.name, default)
+            kept[target.name] = before if _fits(before, default, self.recipe) else default
+        return kept
 
     def _image_shape(self, model: Checkpoint) -> tuple[int, int, int, int]:
         size = self.preprocessing.input_size
@@ -487,6 +509,12 @@ class _Run:
             else None,
             training=training,
         )
+
+
+def _fits(layout: Layout, default: Layout, recipe: Recipe) -> bool:
+    """Return whether a layout is of the artifacts that a recipe asks for."""
+    asked = recipe.placement is None or layout.placement in {None, default.placement}
+    return asked and layout.isa == default.isa and layout.scheme in {"float", recipe.scheme}
 
 
 def _keeps(

@@ -53,9 +53,9 @@ def sentences(found: Breakdown) -> tuple[str, ...]:
         )
     if found.bound_ms and found.macs_per_second and found.bytes_per_second:
         said.append(
-            f"At {found.macs_per_second / 1e9:.3g} GMAC/s, the rate of the fastest stage of them,"
-            f" all its multiply-accumulates take {found.bound_ms:.3g} ms; memory is copied at"
-            f" {found.bytes_per_second / 1e9:.3g} GB/s."
+            f"The roofline allows {found.bound_ms:.3g} ms: at {found.macs_per_second / 1e9:.3g}"
+            " GMAC/s, the rate of the fastest stage of them, and"
+            f" {found.bytes_per_second / 1e9:.3g} GB/s, at which memory is copied."
         )
     return tuple(said)
 

@@ -102,7 +102,9 @@ def _missing(report: Report, budget: Budget, runtime: str) -> Iterator[str]:
         rows = [row for row in report.artifacts if row.runtime == runtime]
     if not rows:
         yield "the report has no quantized artifact of it"
-    timed = budget.max_latency_ratio or budget.baseline.max_latency_ratio
+    timed = (
+        budget.faster_than_float or budget.max_latency_ratio or budget.baseline.max_latency_ratio
+    )
     for row in rows:
         results: list[Accuracy | Latency] = [row.accuracy, *(row.latency if timed else ())]
         if timed and not row.latency:
@@ -125,6 +127,8 @@ def _answered(
 
 
 def _drops(report: Report, limit: float) -> Iterator[Check]:
+    for runtime, why in _float_shipped(report).items():
+        yield Check(name=f"{runtime} drop", outcome="pass", value=0.0, limit=limit, why=why)
     for row in _quantized(report):
         name, result = f"{row.runtime} {row.scheme} drop", row.accuracy
         if result.lost is None or result.gained is None or result.n is None:
@@ -136,6 +140,8 @@ def _drops(report: Report, limit: float) -> Iterator[Check]:
 
 def _sizes(report: Report, limit: float) -> Iterator[Check]:
     floats = {row.runtime: row for row in report.artifacts if row.scheme == "float"}
+    for runtime in _float_shipped(report):
+        yield _size(f"{runtime} size", floats[runtime], floats[runtime], limit, "float")
     for row in _quantized(report):
         name = f"{row.runtime} {row.scheme} size"
         yield _size(name, row, floats.get(row.runtime), limit, "float")
@@ -152,7 +158,7 @@ def _faster(report: Report, clock: str, limit: float) -> Iterator[Check]:
     """Ask whether what is shipped in integers is faster than float: nothing slower is."""
     for runtime, why in _float_shipped(report).items():
         name = f"{runtime} is no slower than float"
-        yield Check(name=name, outcome="pass", value=None, limit=limit, why=f"float is it: {why}")
+        yield Check(name=name, outcome="pass", value=1.0, limit=limit, why=why)
     for row in _quantized(report):
         for latency in row.latency:
             name = f"{row.runtime} {row.scheme} is no slower than float on {latency.device}"
@@ -160,7 +166,10 @@ def _faster(report: Report, clock: str, limit: float) -> Iterator[Check]:
 
 
 def _float_shipped(report: Report) -> dict[str, str]:
-    return {one.runtime: one.reason for one in report.layouts if ships_float(one)}
+    """Return the runtimes that ship float because integers are not faster there, and why."""
+    has = {row.runtime for row in report.artifacts if row.scheme == "float"}
+    shipped = (one for one in report.layouts if ships_float(one) and one.runtime in has)
+    return {one.runtime: f"float is shipped: {one.reason}" for one in shipped}
 
 
 _COUNTS: dict[str, Callable[[Proof], float]] = {
@@ -242,7 +251,10 @@ def _agreements(report: Report, budget: Budget) -> Iterator[Check]:
     if limits == (None, None):
         return
     rows = [row for row in report.agreement if row.scheme != "float"]
-    if not rows:
+    floats = _float_shipped(report)
+    if not rows and floats:
+        yield _not_run("agreement", None, f"{', '.join(floats)} ship float")
+    elif not rows:
         yield _open("agreement", None, "asked, and no two quantized artifacts were run")
     for row in rows:
         same = row.profile_a == row.profile_b
@@ -295,6 +307,10 @@ def _against_baseline(
         yield _open("baseline", None, reason)
         return
     before = {(row.runtime, row.scheme): row for row in baseline.artifacts}
+    for runtime, why in _float_shipped(report).items():
+        if any(row.runtime == runtime for row in _quantized(baseline)):
+            label = f"{runtime} against baseline"
+            yield _open(label, None, f"{why}; the baseline has integers: accept a new one")
     for row in _quantized(report):
         label = f"{row.runtime} {row.scheme} against baseline"
         base = before.get((row.runtime, row.scheme))
@@ -308,10 +324,22 @@ def _against_baseline(
             yield _size(f"{label}: size", row, base, budget.max_size_ratio, "the baseline")
         if budget.max_latency_ratio is not None:
             name, limit = f"{label}: latency", budget.max_latency_ratio
+            forms = {
+                one.graph_form
+                for one in (before.get((row.runtime, "float")), _float_of(report, row.runtime))
+                if one is not None
+            }
             if report.host.cpu != baseline.host.cpu or row.profile != base.profile:
                 yield _open(name, limit, "the baseline was measured on another CPU or profile")
+            elif len(forms) > 1:
+                yield _open(name, limit, "the baseline's float artifact has another graph form")
             else:
                 yield _baseline_latency(name, row, base, limit, clock)
+
+
+def _float_of(report: Report, runtime: str) -> ArtifactRow | None:
+    rows = (row for row in report.artifacts if row.scheme == "float" and row.runtime == runtime)
+    return next(rows, None)
 
 
 def _same_images(report: Report, baseline: Report) -> bool:

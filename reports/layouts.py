@@ -25,5 +25,5 @@ def sentence(layout: Layout) -> str:
 
 def ships_float(layout: Layout) -> bool:
     """Return whether integers were measured and float is shipped instead."""
-    measured = any(one.scheme != "float" for one in layout.candidates)
-    return measured and layout.scheme == "float"
+    measured = (one for one in layout.candidates if one.outcome == "measured")
+    return layout.scheme == "float" and any(one.scheme != "float" for one in measured)

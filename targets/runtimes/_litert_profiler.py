@@ -39,7 +39,7 @@ class _Event(ctypes.Structure):
 
 
 def profile(path: Path, threads: int, *, warm_up: int, inferences: int) -> list[tuple[str, float]]:
-    """Run a file on zeros and take the time of every operation.
+    """Run a file on whatever lies in memory and take the time of every operation.
 
     Args:
         path: The .tflite file.
@@ -102,9 +102,12 @@ class _Api:
         self.texts: list[object] = []
 
     def call(self, name: str, *arguments: object) -> None:
-        function = getattr(self.library, name)
-        function.restype = ctypes.c_int
-        status = function(*arguments)
+        function = getattr(self.library, name, None)
+        if function is None:
+            status = "nothing, for there is none"
+        else:
+            function.restype = ctypes.c_int
+            status = function(*arguments)
         if status:
             raise ArtifactError(
                 f"LiteRT's profiler: {name} answers {status}",

@@ -16,7 +16,7 @@ inner 5x5 and the frame around it: what is left of rows, and of columns, are dil
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from math import floor
 from typing import TYPE_CHECKING, Any
@@ -50,13 +50,30 @@ if TYPE_CHECKING:
     from targets.base import Image, Logits, Session
 
 WEIGHTED_OPS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
+QUANTIZE_OPS = ("QUANTIZE", "DEQUANTIZE")
+CONVERSION = "conversion"
+FAMILIES = {
+    "layer": (*WEIGHTED_OPS, "Convolution", "Fully Connected"),
+    CONVERSION: (*QUANTIZE_OPS, "Convert"),
+    "ADD": ("ADD", "Add"),
+    "SUB": ("SUB", "Subtract"),
+    "MUL": ("MUL", "Multiply"),
+    "MEAN": ("MEAN", "Mean"),
+    "SQUARED_DIFFERENCE": ("SQUARED_DIFFERENCE", "Squared Difference"),
+    "GELU": ("GELU",),
+    "PAD": ("PAD", "Constant Pad"),
+    "RSQRT": ("RSQRT", "Reciprocal Square Root"),
+    "DIV": ("DIV", "Divide"),
+    "SQRT": ("SQRT", "Square Root"),
+    "SUM": ("SUM", "Sum"),
+}
+"""How operations are called in the file, and how the names of XNNPACK's kernels begin."""
 INT16 = 16
 WHOLE, IN_PARTS = "NHWC-native", "NHWC-native, depthwise in parts"
 MOST_TAPS = 25
 """Of XNNPACK's depthwise kernels."""
 GELU_MINIMUM = -0.171
 """A little less than either form of GELU ever is."""
-QUANTIZE_OPS = ("QUANTIZE", "DEQUANTIZE")
 FLOAT_LAYERS = {Layer.HEAD: "an int8 head would round the logits to int8"}
 
 
@@ -152,25 +169,43 @@ class TfLite:
 
         if not sys.platform.startswith("linux"):
             return NotRun(reason="LiteRT's profiler is reached through its library for Linux")
-        names = _executed(path)
+        ops = _executed(path)
         events = profile(path, threads, warm_up=WARM_UP, inferences=inferences)
-        if len(events) != inferences * len(names):
-            return NotRun(
-                reason=f"LiteRT's profiler tells {len(events) / inferences:g} operations of"
-                f" {len(names)}"
-            )
+        kernels = [kernel for kernel, _ in events[: len(ops)]]
+        names = _matched(ops, kernels)
+        if names is None or [kernel for kernel, _ in events] != kernels * inferences:
+            return NotRun(reason="LiteRT's profiler tells other operations than the file has")
         times = np.array([ms for _, ms in events]).reshape(inferences, -1)
         return [
             OpTime(
-                kind="quantize" if op in QUANTIZE_OPS else kind_of([name]),
-                op=f"{op} {kernel}",
+                kind="quantize" if _family(kernel) == CONVERSION else kind_of([name]),
+                op=kernel,
                 name=name,
                 ms=ms,
             )
-            for (op, name), (kernel, _), ms in zip(
-                names, events[: len(names)], np.median(times, axis=0).tolist(), strict=True
+            for name, kernel, ms in zip(
+                names, kernels, np.median(times, axis=0).tolist(), strict=True
             )
         ]
+
+
+def _family(kernel: str) -> str:
+    """Return what an operation is called in the file and by XNNPACK alike."""
+    return next((family for family, words in FAMILIES.items() if kernel.startswith(words)), kernel)
+
+
+def _matched(ops: Sequence[tuple[str, str]], kernels: Sequence[str]) -> list[str] | None:
+    """Return the name of what each kernel computes, None where the two do not fit.
+
+    LiteRT may do what is ready before what stands in front of it in the file, but keeps to its
+    order among operations of one family, for each of those waits for the one before.
+    """
+    waiting = defaultdict[str, deque[str]](deque)
+    for op, name in ops:
+        waiting[_family(op)].append(name)
+    if Counter(map(_family, kernels)) != {family: len(names) for family, names in waiting.items()}:
+        return None
+    return [waiting[_family(kernel)].popleft() for kernel in kernels]
 
 
 def _executed(path: Path) -> list[tuple[str, str]]:
@@ -496,7 +531,9 @@ def _layer(weight: Any) -> str:
 
 
 def _can_be_parted(op: g.Conv | g.Linear) -> bool:
-    return isinstance(op, g.Conv) and op.groups > 1 and op.stride == 1
+    """Return whether a layer is depthwise, and no part of its frame has too many taps."""
+    depthwise = isinstance(op, g.Conv) and op.groups > 1 and op.stride == 1
+    return depthwise and 2 * op.weight.shape[-1] <= MOST_TAPS
 
 
 def _pads_by_itself(op: g.Conv | g.Linear) -> bool:

@@ -81,6 +81,7 @@ def conditions(device: base.Device, effort: Effort = "quick", threads: int = 1) 
         threads=threads,
         architecture=NET,
         macs=10**8,
+        float_layers=(),
         image_shape=(1, 3, 32, 32),
         effort=effort,
         asked=True,
@@ -118,10 +119,12 @@ def test_placements_of_one_function_are_tried_once() -> None:
     assert [one.placement for one in found if one.scheme != "float"] == ["pointwise"]
 
 
-def test_a_placement_that_is_asked_for_stays() -> None:
-    wanted = exports_of("openvino", placement="all")
-    found = candidates(runtimes()["openvino"].capabilities, wanted, "quick")
-    assert {one.placement for one in found if one.scheme != "float"} == {"all"}
+@pytest.mark.parametrize("placement", ["pointwise", "all"])
+@pytest.mark.parametrize("effort", ["quick", "full"])
+def test_a_placement_that_is_asked_for_stays(placement: str, effort: Effort) -> None:
+    wanted = exports_of("openvino", placement=placement)
+    found = candidates(runtimes()["openvino"].capabilities, wanted, effort, asked=True)
+    assert {one.placement for one in found if one.scheme != "float"} == {placement}
 
 
 # --- who stays ------------------------------------------------------------------------------------
@@ -267,9 +270,16 @@ def test_what_loses_too_much_gives_way_to_the_next(
         assert layout.graph_form == FORMS[expected]
 
 
-def test_the_choice_follows_from_the_measurements(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [candidate("w8a8", FORMS[0], 0.4), FLOAT]
-    assert taken(found, monkeypatch) == taken(found, monkeypatch)
+def test_integers_that_cannot_be_exported_are_no_reason_to_ship_float(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    broken = Candidate(
+        scheme="w8a8", placement="pointwise", graph_form=FORMS[0], outcome="failed", reason="drift"
+    )
+    layout = taken([broken, FLOAT], monkeypatch)
+    assert (layout.source, layout.scheme) == ("default", "w8a8")
+    assert not ships_float(layout)
+    assert not ships_float(replace(layout, scheme="float", candidates=(broken, FLOAT)))
 
 
 # --- where it holds -------------------------------------------------------------------------------
@@ -360,3 +370,8 @@ def test_a_run_folder_is_tuned_and_its_measurements_are_kept(tmp_path: Path) -> 
     assert "depthwise" in said
     assert "tune-local-onnx          reused" in cli("tune", "run", "--effort", "quick")
     assert read_report(tmp_path / "run").layouts == (layout,)
+    # Only `run` and `tune` choose: what measures again keeps to what was chosen.
+    assert "tune-local" not in cli("bench", "run", "--threads", "2")
+    again = read_report(tmp_path / "run")
+    assert again.layouts == (layout,)
+    assert [row.sha256 for row in again.artifacts] == [row.sha256 for row in report.artifacts]

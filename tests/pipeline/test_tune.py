@@ -270,7 +270,8 @@ def test_a_second_run_reuses_everything(home: Path) -> None:
     [
         (("--float-layers", "stages.0.blocks.0.pw3"), 2, "unknown layer: stages.0.blocks.0.pw3"),
         (("--max-drop", "0.1"), 1, "would still reach"),
-        (("--max-drop", "3", "--eval", "none"), 1, "without evaluation images"),
+        (("--max-drop", "3", "--eval", "none"), 2, "max_drop needs evaluation images"),
+        (("--max-drop", "3", "--tune", "full"), 2, "tune full chooses the integers anew"),
         (("--max-drop", "3", "--scheme", "float"), 2, "max_drop and float_layers go with"),
         (("--max-drop", "3", "--scheme", "w8a8-dynamic"), 2, "does not go with w8a8-dynamic"),
         (("--max-drop", "nan"), 2, "max_drop"),

@@ -39,9 +39,17 @@ FEATURES: dict[str, dict[str, Any]] = {
     },
     "grey": {"in_channels": 1},
     "kernel 5, expansion 3": {"kernel": 5, "expansion": 3},
+    "kernel 9": {"kernel": 9},
     "another eps": {"norm_eps": 1e-3, "head_norm_eps": 1e-1},
 }
 RUNTIMES = sorted(runtimes())
+CASES = [
+    (name, form, scheme)
+    for name in RUNTIMES
+    for index, form in enumerate(runtimes()[name].capabilities.graph_forms)
+    # Of a form that is not the default the widest placement and none: those between are parts.
+    for scheme in (("float", "pointwise", "all") if index == 0 else ("float", "all"))
+]
 
 
 def architecture(feature: str) -> Architecture:
@@ -57,7 +65,9 @@ def images(channels: int, n: int = 8) -> np.ndarray[Any, np.dtype[np.float32]]:
     return fine.clamp(0, 255).numpy()
 
 
-def graph_of(feature: str, target: Runtime, scheme: Scheme, placement: str) -> Graph:
+def graph_of(
+    feature: str, target: Runtime, scheme: Scheme, placement: str, form: str | None = None
+) -> Graph:
     net = architecture(feature)
     grey: dict[str, Any] = {"mean": (0.5,), "std": (0.25,)} if net.in_channels == 1 else {}
     how = Preprocessing(input_size=SIZE, **grey)
@@ -70,22 +80,21 @@ def graph_of(feature: str, target: Runtime, scheme: Scheme, placement: str) -> G
         runtime=target.name,
         scheme=scheme,
         placement=placement_of(target, placement) if scheme != "float" else placement,
-        graph_form=can.graph_forms[0],
+        graph_form=form or can.graph_forms[0],
         gelu=can.gelu,
         profile="avx2" if scheme == "w8a8" else None,
     )
     return build_graph(record, arrays, can, export)
 
 
-@pytest.mark.parametrize("scheme", ["float", "pointwise", "all"])
 @pytest.mark.parametrize("feature", FEATURES)
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize(("name", "form", "scheme"), CASES)
 def test_artifact_computes_what_the_reference_computes(
-    name: str, feature: str, scheme: str, tmp_path: Path
+    name: str, form: str, feature: str, scheme: str, tmp_path: Path
 ) -> None:
     target = runtimes()[name]
     of: tuple[Scheme, str] = ("float", "none") if scheme == "float" else ("w8a8", scheme)
-    graph = graph_of(feature, target, *of)
+    graph = graph_of(feature, target, *of, form)
     path = tmp_path / f"model{target.capabilities.suffix}"
     target.export(graph, path, metadata(graph.model, graph.export, target.capabilities))
     proof = target.prove(path, graph)

@@ -201,12 +201,12 @@ def test_float_artifact_equals_the_reference(
 
 
 @pytest.mark.parametrize("batch", [3, "dynamic"])
-@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize(("name", "form"), [*((name, None) for name in RUNTIMES), *FORMS])
 def test_batch_is_what_was_asked(
-    quantized: Quantized, name: str, batch: int | str, tmp_path: Path
+    quantized: Quantized, name: str, form: str | None, batch: int | str, tmp_path: Path
 ) -> None:
     target = runtimes()[name]
-    graph = graph_of(quantized, target, "w8a8", "pointwise", "avx2", batch)
+    graph = graph_of(quantized, target, "w8a8", "pointwise-io", "avx2", batch, form)
     path = written(graph, target, quantized[0], tmp_path)
     assert target.prove(path, graph).integer_layers == graph.integer_layers
     if target.can_run() is None:
