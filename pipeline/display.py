@@ -56,7 +56,8 @@ def print_results(report: Report, out: Path, console: Console) -> None:
                 reasons.setdefault(f"{result.outcome}: {result.reason}", []).append(name)
     console.print(table)
     for layout in report.layouts:
-        console.print(f"  {sentence(layout)}", soft_wrap=True, highlight=False, markup=False)
+        if layout.source == "measured":
+            console.print(f"  {sentence(layout)}", soft_wrap=True, highlight=False, markup=False)
     for reason, names in reasons.items():
         text = f"  {reason} ({', '.join(dict.fromkeys(names))})"
         console.print(text, soft_wrap=True, highlight=False, markup=False)
