@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 
 from pipeline.records import (
     Accuracy,
     Agreement,
+    Breakdown,
+    Candidate,
     CurvePoint,
     Finetuning,
     Latency,
+    Layout,
+    OpKind,
     Profile,
     Proof,
     Scheme,
@@ -276,3 +281,61 @@ def training() -> Training:
 def trained_report(full_report: Report, training: Training) -> Report:
     """The full one, of a model whose integers were trained."""
     return full_report.model_copy(update={"training": training})
+
+
+def _candidate(scheme: Scheme, form: str, ratio: float, **more: Any) -> Candidate:
+    return Candidate(
+        scheme=scheme, placement="none" if scheme == "float" else "pointwise", graph_form=form,
+        outcome="measured", samples=72, wall_p50_ms=90 * ratio, cpu_p50_ms=89 * ratio,
+        cpu_ratio=ratio, cpu_ratio_ci95=(ratio - 0.02, ratio + 0.02), **more,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def tuned_report(full_report: Report) -> Report:
+    """Layouts measured, given up and taken by default, and where the time goes."""
+    linear, conv = "channels-last linear", "1x1 convolution"
+    common: dict[str, Any] = {"isa": "vnni", "device": "local", "clock": "cpu"}
+    layouts = (
+        Layout(
+            runtime="onnx", source="measured", reason="0.44 (0.42 to 0.46) of the best float one's",
+            scheme="w8a8", placement="pointwise", graph_form=linear, float_form=conv,
+            candidates=(
+                _candidate("w8a8", linear, 0.44, heat=1, accuracy=_judged(44.0, 0.2)),
+                _candidate("float", conv, 1.0, heat=1),
+                _candidate("w8a8", conv, 0.7),
+                Candidate(
+                    scheme="float", placement="none", graph_form=linear, outcome="failed",
+                    reason=CRASHED,
+                ),
+            ), **common,
+        ),
+        Layout(
+            runtime="openvino", source="measured", reason="not shown to be faster",
+            scheme="float", placement=None, graph_form=conv, float_form=conv,
+            candidates=(_candidate("float", conv, 1.0), _candidate("w8a8", conv, 1.3)), **common,
+        ),
+        Layout(
+            runtime="tflite", source="default", reason="its artifacts are for arm", isa="arm",
+            scheme="w8a8", placement="pointwise-io", graph_form="NHWC", float_form="NHWC",
+        ),
+    )  # fmt: skip
+    kinds: dict[OpKind, float] = {
+        "pointwise": 15.9, "gelu": 6.6, "quantize": 3.6, "convolution": 3.0, "layernorm": 2.5,
+        "depthwise": 2.5, "layout": 2.0, "add": 1.2, "other": 0.1,
+    }  # fmt: skip
+    breakdowns = (
+        Breakdown(
+            runtime="onnx", scheme="w8a8", device="local", outcome="measured", method="its own",
+            inferences=15, ms=kinds, ops=dict.fromkeys(kinds, 18), floor_ms=13.5,
+            macs_per_second=4e11, bytes_per_second=1.2e10, bound_ms=11.0,
+        ),
+        Breakdown(
+            runtime="onnx", scheme="float", device="local", outcome="measured", method="its own",
+            inferences=15, ms={"pointwise": 59.0, "other": 20.0}, ops={"pointwise": 36, "other": 2},
+        ),
+        Breakdown(
+            runtime="coreml", scheme="w8a8", device="local", outcome="not_run", reason=NO_APPLE
+        ),
+    )  # fmt: skip
+    return full_report.model_copy(update={"layouts": layouts, "breakdowns": breakdowns})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pipeline.records import Agreement
+from reports import layouts
 from reports.document import Gate, Report
 from reports.pages import contention, escape_markdown, file_names, list_gaps, write_pages
 
@@ -331,6 +332,7 @@ def browser() -> Iterator[Any]:
         "calibrated_report",
         "deep_report",
         "trained_report",
+        "tuned_report",
     ],
 )
 def test_looks_right_in_a_browser(
@@ -363,6 +365,21 @@ def _assert_legible(page: Any) -> None:
     assert page.evaluate(CLIPPED) == []
     contrast = page.evaluate(CONTRAST)
     assert contrast["ratio"] >= 4.5, contrast["text"]
+
+
+def test_layouts_and_times_stand_on_the_page(tuned_report: Report, tmp_path: Path) -> None:
+    write_pages(tuned_report, tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    plain = " ".join(page.split())
+    for layout in tuned_report.layouts:
+        assert layouts.sentence(layout).replace("'", "&#39;") in plain
+    assert page.count("Candidates of ") == 2
+    assert "failed: the worker died" in plain
+    assert "0.42 … 0.46" in plain
+    for kind in tuned_report.breakdowns[0].ms or {}:
+        assert f"<td>{kind}</td>" in page
+    assert "2.77 times that" in plain
+    assert "coreml w8a8: not run: coremltools runs models on macOS only" in plain
 
 
 @pytest.fixture
