@@ -263,16 +263,15 @@ class Autotuner:
         if not floats or (quantized and not order):
             # The export itself then says what is wrong with it.
             return self.exports.default_layout(target, "no candidate could be measured")
-        kept, seen, why = None, dict[int, Candidate](), "the fastest form of it"
+        kept, seen, why, slower = None, dict[int, Candidate](), "", ""
         for index in order:
             one = found[index]
             ratio, (low, high) = _ratio(one, self.given.clock)
             took = f"{ratio:.2f} ({low:.2f} to {high:.2f}) of the best float one's"
             took += f" {self.given.clock} time"
             if high > 1:
-                why = f"the fastest in integers, which takes {took}, is not shown to be faster"
-                why += "; a faster one loses too much accuracy" if seen else ""
-                break
+                slower = slower or f"{one.placement} in form {one.graph_form} takes {took}"
+                continue
             kept, why = one, took
             if self.keeps is None:
                 break
@@ -281,7 +280,11 @@ class Autotuner:
             seen[index] = replace(one, accuracy=accuracy)
             if keeps:
                 break
-            kept, why = None, "no candidate that is faster than float keeps to the accuracy budget"
+            kept = None
+        if kept is None and seen:
+            why = "no candidate that is faster than float keeps to the accuracy budget"
+        elif kept is None:
+            why = f"no integers are shown to be faster: {slower}" if slower else "its fastest form"
         return Layout(
             runtime=target.name,
             source="measured",

@@ -364,6 +364,10 @@ def tune(
     from pipeline.recipe import load_recipe
     from pipeline.run import Steps
 
+    if effort not in {"quick", "full"}:
+        from pipeline.errors import UsageError
+
+        raise UsageError(f"--effort is {effort!r}", allowed="quick, full", do="Correct --effort")
     flags = {"tune": effort, "device": device, "threads": threads, "bench": True}
     stored = recipe_of(run_dir)
     settings = load_recipe(None, stored.model_dump(exclude_none=True), flags)

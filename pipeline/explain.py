@@ -17,7 +17,7 @@ from rich.table import Table
 
 from pipeline.errors import ArtifactError, printable
 from pipeline.exports import MODEL_FILES
-from pipeline.records import Breakdown, QuantizedModel, Tuning
+from pipeline.records import Breakdown, Export, QuantizedModel, Tuning
 from pipeline.run import MODEL
 from pipeline.tune import TUNING
 from pipeline.worker import Worker
@@ -118,17 +118,26 @@ def explain_latency(artifact: Path) -> Breakdown:
     require_installed(target)
     stated = read_metadata(artifact)
     size, batch = stated.preprocessing.input_size, stated.batch
-    described = json.loads(target.read_metadata(artifact))
+    try:
+        described = json.loads(target.read_metadata(artifact))
+        export = TypeAdapter(Export).validate_python(described["export"])
+        parents = TypeAdapter(dict[str, str]).validate_python(described["parents"])
+    except (KeyError, ValidationError) as error:
+        raise ArtifactError(
+            f"{artifact} does not say how it was exported ({type(error).__name__})",
+            allowed="an artifact that `convnext-edge export` of this version wrote",
+            do="Export it again",
+        ) from error
     with TemporaryDirectory() as folder, Worker(Path(folder) / "worker.log") as worker:
         said = worker.call(
             "targets.breakdown:breakdown_stage",
             name=target.name,
             path=str(artifact),
-            model=_integers_of(artifact, described["parents"]),
+            model=_integers_of(artifact, parents),
             image_shape=[batch, len(stated.preprocessing.mean), size, size],
             folder=folder,
         ).value
-    where = {"runtime": target.name, "scheme": described["export"]["scheme"], "device": "local"}
+    where = {"runtime": target.name, "scheme": export.scheme, "device": "local"}
     return TypeAdapter(Breakdown).validate_python(where | said)
 
 

@@ -224,6 +224,7 @@ class _Run:
         if recipe.finetune is not None:
             require_trainable(recipe.finetune)
         self.device = base.device(recipe.device)
+        _check_threads(self.device, recipe.threads)
         self.located = locate(recipe.checkpoint or EMBEDDED)
         self.sidecar = read_sidecar(self.located)
         self.preprocessing = preprocessing_of(recipe, self.sidecar)
@@ -248,12 +249,14 @@ class _Run:
         training = None
         if self.recipe.finetune is not None:
             integers, training = self._finetune(steps, integers, loaded, model, data)
+        # Measuring takes minutes: what stands in the folder is replaced only when all is known.
+        layouts = self._layouts(integers, steps, loaded, model, data) if steps.export else {}
         self._publish(integers)
         # Only now: what was refused must not stand beside the results of an earlier run.
         write_atomic(self.out / RECIPE, self.recipe.model_dump_json(indent=2).encode())
         report = None
         if steps.export:
-            layouts = self._layouts(integers, steps, loaded, model, data)
+            write_atomic(self.out / LAYOUTS, to_json(layouts))
             self.exports = self.exports.laid_out(layouts)
             artifacts = self.exports.write(self.stages, integers)
             data = data.without(calibration=calibrated.value["skipped"])
@@ -451,17 +454,12 @@ class _Run:
         if limit is not None and data.evaluation is not None and steps.verify:
             verification = Verification(self.stages, loaded, model, self.preprocessing, asked=True)
             keeps = partial(_keeps, verification.of(data.evaluation), limit)
-        found = Autotuner(self.stages, self.exports, given, keeps).run(integers)
-        write_atomic(self.out / LAYOUTS, to_json(found))
-        return found
+        return Autotuner(self.stages, self.exports, given, keeps).run(integers)
 
     def _layouts_kept(self) -> dict[str, Layout]:
         """Read what was chosen before; a runtime of which nothing fits takes its default."""
-        try:
-            found = TypeAdapter(dict[str, Layout]).validate_json((self.out / LAYOUTS).read_bytes())
-        except (OSError, ValidationError):
-            found = {}
-        why, kept = "not chosen by measurement: run `convnext-edge tune RUN_DIR`", {}
+        found, kept = _read_layouts(self.out / LAYOUTS), dict[str, Layout]()
+        why = "not chosen by measurement: run `convnext-edge tune RUN_DIR`"
         for target in self.exports.targets:
             default = self.exports.default_layout(target, why)
             before = found.get(target.name, default)
@@ -511,6 +509,38 @@ class _Run:
         )
 
 
+def _read_layouts(file: Path) -> dict[str, Layout]:
+    """Read what an earlier run chose; nothing where none did.
+
+    Raises:
+        ArtifactError: The file is damaged, or names what a runtime does not have.
+    """
+    if not file.exists():
+        return {}
+    why = None
+    try:
+        found = TypeAdapter(dict[str, Layout]).validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        found, why = {}, type(error).__name__
+    for name, layout in found.items():
+        if layout.runtime != name or not _has(base.runtime(name).capabilities, layout):
+            why = f"{name} has no such form or placement"
+    if why is not None:
+        raise ArtifactError(
+            f"{file} tells no layouts ({why})",
+            allowed="what `convnext-edge run` or `tune` of this version wrote",
+            do="Run `convnext-edge tune` on the folder, or remove the file to take the defaults",
+        )
+    return found
+
+
+def _has(can: base.Capabilities, layout: Layout) -> bool:
+    """Return whether a runtime can lay a model out so."""
+    places = can.placements_of_form.get(layout.graph_form, can.placements)
+    forms = {layout.graph_form, layout.float_form}
+    return forms <= set(can.graph_forms) and layout.placement in {None, *places}
+
+
 def _fits(layout: Layout, default: Layout, recipe: Recipe) -> bool:
     """Return whether a layout is of the artifacts that a recipe asks for."""
     asked = recipe.placement is None or layout.placement in {None, default.placement}
@@ -526,6 +556,16 @@ def _keeps(
         return found.outcome != "failed", found
     check = paired_check("", found.lost, found.gained, found.n, limit_pp, "the float model")
     return check.outcome != "fail", found
+
+
+def _check_threads(device: base.Device, threads: int) -> None:
+    info = device.probe()
+    if isinstance(info, base.DeviceInfo) and threads > info.cores:
+        raise UsageError(
+            f"--threads {threads} on {info.name}, which has {info.cores} cores",
+            allowed=f"1 to {info.cores}",
+            do="Correct --threads",
+        )
 
 
 def _check_place(out: Path, beside: Path | None) -> None:

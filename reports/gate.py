@@ -140,14 +140,18 @@ def _drops(report: Report, limit: float) -> Iterator[Check]:
 
 def _sizes(report: Report, limit: float) -> Iterator[Check]:
     floats = {row.runtime: row for row in report.artifacts if row.scheme == "float"}
-    for runtime in _float_shipped(report):
-        yield _size(f"{runtime} size", floats[runtime], floats[runtime], limit, "float")
+    for runtime, said in _float_shipped(report).items():
+        outcome: CheckOutcome = "pass" if limit >= 1 else "fail"
+        yield Check(name=f"{runtime} size", outcome=outcome, value=1.0, limit=limit, why=said)
     for row in _quantized(report):
         name = f"{row.runtime} {row.scheme} size"
         yield _size(name, row, floats.get(row.runtime), limit, "float")
 
 
 def _latencies(report: Report, clock: str, limit: float) -> Iterator[Check]:
+    for runtime, why in _float_shipped(report).items():
+        outcome: CheckOutcome = "pass" if limit >= 1 else "fail"
+        yield Check(name=f"{runtime} latency", outcome=outcome, value=1.0, limit=limit, why=why)
     for row in _quantized(report):
         for latency in row.latency:
             name = f"{row.runtime} {row.scheme} latency on {latency.device}"
@@ -183,15 +187,16 @@ _COUNTS: dict[str, Callable[[Proof], float]] = {
 def _counts(
     report: Report, key: str, read: Callable[[Proof], float], limit: float
 ) -> Iterator[Check]:
-    what = key.removeprefix("max_").replace("_", " ")
-    for row in _quantized(report):
+    what, floats = key.removeprefix("max_").replace("_", " "), _float_shipped(report)
+    shipped = (row for row in report.artifacts if row.scheme == "float" and row.runtime in floats)
+    for row in (*_quantized(report), *shipped):
         name = f"{row.runtime} {row.scheme} {what}"
         if row.proof is None:
             yield _not_run(name, limit, "the report has no proof of it")
             continue
         value = read(row.proof)
         outcome: CheckOutcome = "pass" if value <= limit else "fail"
-        why = f"counted: {row.proof.method}"
+        why = f"{value:g} counted, {limit:g} allowed: {row.proof.method}"
         yield Check(name=name, outcome=outcome, value=value, limit=limit, why=why)
 
 

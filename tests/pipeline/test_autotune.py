@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.autotune import Autotuner, Conditions, Effort, candidates, faster_half, in_order
+from pipeline.errors import ArtifactError
 from pipeline.exports import Exports
 from pipeline.placements import PLACEMENTS
 from pipeline.recipe import Recipe
@@ -25,7 +26,9 @@ from pipeline.records import (
     Export,
     Layout,
     Scheme,
+    to_json,
 )
+from pipeline.run import _read_layouts
 from pipeline.worker import silent
 from reports.document import read_report
 from reports.layouts import sentence, ships_float
@@ -244,7 +247,17 @@ def test_integers_not_shown_to_be_faster_are_not_shipped(
     assert (layout.scheme, layout.placement, layout.graph_form) == ("float", None, FORMS[1])
     assert ships_float(layout)
     assert "float is shipped" in sentence(layout)
-    assert "is not shown to be faster" in sentence(layout)
+    assert f"no integers are shown to be faster: pointwise in form {FORMS[0]} takes" in sentence(
+        layout
+    )
+
+
+def test_the_next_is_taken_where_the_first_is_not_shown_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    doubtful = candidate("w8a8", FORMS[0], 0.98, 0.05, heat=2)
+    layout = taken([doubtful, FLOAT, candidate("w8a8", FORMS[1], 0.9, 0.02, heat=0)], monkeypatch)
+    assert (layout.scheme, layout.graph_form) == ("w8a8", FORMS[1])
 
 
 @pytest.mark.parametrize(
@@ -375,3 +388,51 @@ def test_a_run_folder_is_tuned_and_its_measurements_are_kept(tmp_path: Path) -> 
     again = read_report(tmp_path / "run")
     assert again.layouts == (layout,)
     assert [row.sha256 for row in again.artifacts] == [row.sha256 for row in report.artifacts]
+    (tmp_path / "run" / "layouts.json").write_text('{"onnx": {}}')
+    done = subprocess.run(
+        [*CLI, "bench", "run"], capture_output=True, text=True, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 1
+    assert "layouts.json tells no layouts" in done.stderr
+    kept = [row.sha256 for row in read_report(tmp_path / "run").artifacts]
+    assert kept == [row.sha256 for row in report.artifacts]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("tune", "nowhere", "--effort", "off"), "--effort is 'off'. Allowed: quick, full"),
+        (("tune", "nowhere"), "nowhere is not a run folder"),
+        (("run", "--threads", "999", "--out", "x"), "--threads 999 on local, which has"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(
+    words: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    done = subprocess.run([*CLI, *words], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode in {1, 2}
+    assert said in done.stderr
+    assert not (tmp_path / "x" / "recipe.json").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"graph_form": "sideways"},
+        {"placement": "nowhere"},
+        {"graph_form": "1x1 convolution", "placement": "pointwise"},
+        {"runtime": "tflite"},
+    ],
+)
+def test_layouts_that_a_runtime_does_not_have_are_refused(
+    wrong: dict[str, Any], tmp_path: Path
+) -> None:
+    exports = Exports(Recipe(runtimes=("onnx",)))
+    right = exports.default_layout(exports.targets[0], "")
+    file = tmp_path / "layouts.json"
+    assert _read_layouts(file) == {}
+    file.write_bytes(to_json({"onnx": right}))
+    assert _read_layouts(file) == {"onnx": right}
+    file.write_bytes(to_json({"onnx": replace(right, **wrong)}))
+    with pytest.raises(ArtifactError, match=r"layouts\.json tells no layouts"):
+        _read_layouts(file)

@@ -156,6 +156,15 @@ def test_float_that_is_shipped_because_it_is_faster_passes_and_counts_as_measure
         "onnx measured": "pass",
         "onnx is no slower than float": "pass",
     }
+    # It is as large and as slow as float is, and its own operations are counted.
+    for key, limit, outcome in (
+        ("max_size_ratio", 0.6, "fail"),
+        ("max_latency_ratio", 1.0, "pass"),
+        ("max_drop_pp", 0.0, "pass"),
+    ):
+        check = _only(shipped, Budget.model_validate({key: limit}))
+        assert (check.outcome, check.why) == (outcome, "float is shipped: why")
+    assert judge(shipped, Budget(min_agreement=0.9)).outcome == "not_run"
     # Where integers were not even tried, nothing excuses that they are missing.
     untried = shipped.model_copy(update={"layouts": (_layout("float", "float"),)})
     outcomes = {c.name: c.outcome for c in judge(untried, budget).checks}
@@ -179,6 +188,7 @@ def test_what_a_proof_counts_is_limited(key: str, value: float) -> None:
     for limit, outcome in ((value, "pass"), (value - 0.5, "fail")):
         check = _only(report, Budget.model_validate({key: limit}))
         assert (check.outcome, check.value, check.limit) == (outcome, value, limit)
+        assert f"{value:g} counted, {limit:g} allowed" in check.why
     unproven = judge(_report(_row()), Budget.model_validate({key: 0}))
     assert [check.outcome for check in unproven.checks] == ["not_run", "inconclusive"]
 
