@@ -357,10 +357,7 @@ def test_a_run_folder_is_tuned_and_its_measurements_are_kept(tmp_path: Path) -> 
         return done.stdout + done.stderr
 
     words = ("--runtimes", "onnx", "--calibration-images", "32", "--eval-images", "60")
-    cli("run", *words, "--no-bench", "--out", "run")
-    (before,) = read_report(tmp_path / "run").layouts
-    assert before.source == "default"
-    said = cli("tune", "run", "--effort", "quick")
+    said = cli("run", *words, "--tune", "quick", "--out", "run")
     report = read_report(tmp_path / "run")
     (layout,) = report.layouts
     assert layout.source == "measured"
@@ -381,7 +378,7 @@ def test_a_run_folder_is_tuned_and_its_measurements_are_kept(tmp_path: Path) -> 
     said = cli("explain", "--latency", "run/artifacts/onnx-float/model.onnx")
     assert "Its pointwise layers alone take" in said
     assert "depthwise" in said
-    assert "tune-local-onnx          reused" in cli("tune", "run", "--effort", "quick")
+    assert "tune-local-onnx          reused" in cli("tune", "run")
     assert read_report(tmp_path / "run").layouts == (layout,)
     # Only `run` and `tune` choose: what measures again keeps to what was chosen.
     assert "tune-local" not in cli("bench", "run", "--threads", "2")

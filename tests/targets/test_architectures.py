@@ -47,8 +47,8 @@ CASES = [
     (name, form, scheme)
     for name in RUNTIMES
     for index, form in enumerate(runtimes()[name].capabilities.graph_forms)
-    # Of a form that is not the default the widest placement and none: those between are parts.
-    for scheme in (("float", "pointwise", "all") if index == 0 else ("float", "all"))
+    # Of a form that is not the default the widest placement: the others are part of it.
+    for scheme in (("float", "pointwise", "all") if index == 0 else ("all",))
 ]
 
 
