@@ -16,7 +16,6 @@ from calib.equalize import STRENGTHS, rescaling, spread, stream_candidates, widt
 from calib.grid import Rescaling, SiteGrid
 from calib.observers import ChannelRange
 from calib.ranges import SomeValues, clipped_range
-from calib.threads import together
 from pipeline.arithmetic import WIDE_BITS, activation_quantization, limits
 from pipeline.records import Range, RangeMethod, SiteCalibration
 
@@ -133,15 +132,7 @@ class _Search:
 
     def best(self, choices: Iterable[Choice]) -> Choice:
         """Return the choice with the least error; the first of equal ones."""
-        tried = list(choices)
-        new = dict.fromkeys(one for one in tried if one not in self._errors)
-        # What choices of one rescaling share is made once, by the thread that tries them all.
-        groups: dict[Any, list[Choice]] = {}
-        for one in new:
-            groups.setdefault((one.widths, one.strength) if one.strength else None, []).append(one)
-        alone = [[one] for one in new] if len(groups) == 1 else list(groups.values())
-        together(lambda group: [self.error(one) for one in group], alone)
-        return min(tried, key=self.error)
+        return min(choices, key=self.error)
 
     def grid(self, choice: Choice) -> tuple[SiteGrid, Range]:
         """Return the grid that a choice makes, and its range in rescaled units."""
@@ -248,15 +239,15 @@ def choose_stream(sites: Sequence[Seen], bits: Bits) -> Rescaling:
 
     searches = [_Search(seen, bits, halved=True) for seen in sites]
 
-    def losses(search: _Search) -> list[float]:
-        found = []
-        for one in tried:
-            search.start(one)
-            found.append(min(search.error(Choice(method=method)) for method in FIRST_RANGES))
-        return found
+    def total(index: int) -> float:
+        for search in searches:
+            search.start(tried[index])
+        return sum(
+            min(search.error(Choice(method=method)) for method in FIRST_RANGES)
+            for search in searches
+        )
 
-    of_sites = together(losses, searches)
-    best = min(range(len(tried)), key=lambda index: sum(lost[index] for lost in of_sites))
+    best = min(range(len(tried)), key=total)
     return stream_candidates([seen.channels for seen in sites])[best]
 
 

@@ -8,8 +8,7 @@ and positions drawn blindly would always vote for a narrower one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from threading import get_ident
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -43,9 +42,6 @@ class Reader(Protocol):
 
         The exam returns the squared error of the output over the output's squares.
         """
-
-
-_Made = TypeVar("_Made")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,10 +95,12 @@ class LayerReader:
             summed = (weight * along_channels(by.shift, weight.ndim)).flatten(1).sum(dim=1)
             return by.apply(looked), nearest(columns, self.grid), bias + summed
 
-        last = _Last(moved)
+        last: list[tuple[Rescaling, tuple[Tensor, Tensor, Tensor]]] = []
 
         def error(grid: SiteGrid) -> float:
-            inputs, rounded, shifted = last(grid.rescaling)
+            if not last or last[0][0] is not grid.rescaling:
+                last[:] = [(grid.rescaling, moved(grid.rescaling))]
+            inputs, rounded, shifted = last[0][1]
             return judge(
                 apply(self.layer, fake_quantize(inputs, grid.parameters), rounded, shifted)
             )
@@ -120,28 +118,15 @@ class FunctionReader:
         """See `Reader`."""
         looked = chosen_positions(x)
         judge = self.behind.judge(looked)
-        last = _Last(lambda by: by.apply(looked))
+        last: list[tuple[Rescaling, Tensor]] = []
 
         def error(grid: SiteGrid) -> float:
-            rescaled = last(grid.rescaling)
-            return judge(grid.rescaling.undo(fake_quantize(rescaled, grid.parameters)))
+            by = grid.rescaling
+            if not last or last[0][0] is not by:
+                last[:] = [(by, by.apply(looked))]
+            return judge(by.undo(fake_quantize(last[0][1], grid.parameters)))
 
         return error
-
-
-class _Last(Generic[_Made]):
-    """What a function makes of a rescaling, kept for the next call of the same thread."""
-
-    def __init__(self, make: Callable[[Rescaling], _Made]) -> None:
-        self.make = make
-        self.kept: dict[int, tuple[Rescaling, _Made]] = {}
-
-    def __call__(self, by: Rescaling) -> _Made:
-        thread = get_ident()
-        found = self.kept.get(thread)
-        if found is None or found[0] is not by:
-            found = self.kept[thread] = by, self.make(by)
-        return found[1]
 
 
 def nearest(weight: Tensor, grid: WeightGrid) -> Tensor:

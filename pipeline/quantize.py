@@ -28,7 +28,6 @@ from calib.layer import IntegerLayer, rounded, unrounded
 from calib.preprocess import some_pixels
 from calib.probe import Behind, FunctionReader, LayerReader
 from calib.rounding import mean_error
-from calib.threads import side_by_side, together
 from pipeline import checkpoint
 from pipeline.arithmetic import BITS, FEW_BITS, weight_grid
 from pipeline.convnext import ChannelNorm, layer_kind
@@ -123,7 +122,7 @@ def quantize(
     """
     wanted = wanted or Wanted()
     walk = _Walk(given, wanted)
-    with torch.no_grad(), side_by_side():
+    with torch.no_grad():
         walk.run(progress)
     arrays = walk.arrays
     for name, tensor in given.folded.state_dict().items():
@@ -319,24 +318,21 @@ class _Walk:
             rows = grid_behind.rescaling.scale.double().numpy()
             written = rows * grid_behind.parameters.scale
         plain = unrounded(module, site.rescaling, scale, written)
-        lanes = [profile for profile in PROFILES if profile in self.lanes]
-        # As long as profiles have the same integers, they are one.
-        keys = {one: (id(x[one]), self._weight_grid(name, one)) for one in lanes}
-        first = {key: profile for profile, key in reversed(keys.items())}
-
-        def integers(profile: Profile) -> tuple[IntegerLayer, Tensor]:
-            inputs = x[profile]
-            layer = rounded(plain, keys[profile][1], how, x[FLOAT], inputs)
-            if self.how.correct_bias:
-                layer = layer.corrected(mean_error(out[FLOAT], layer(inputs)))
-            return layer, layer(inputs)
-
-        made = dict(zip(first, together(integers, list(first.values())), strict=True))
+        made: dict[tuple[int, WeightGrid], tuple[IntegerLayer, Tensor]] = {}
         for profile in PROFILES:
-            if profile in keys:
-                layer, out[profile] = made[keys[profile]]
-            else:
-                layer = rounded(plain, self._weight_grid(name, profile), how)
+            grid = self._weight_grid(name, profile)
+            if profile not in self.lanes:
+                self._keep(name, profile, rounded(plain, grid, how))
+                continue
+            inputs = x[profile]
+            # As long as profiles have the same integers, they are one.
+            key = (id(inputs), grid)
+            if key not in made:
+                layer = rounded(plain, grid, how, x[FLOAT], inputs)
+                if self.how.correct_bias:
+                    layer = layer.corrected(mean_error(out[FLOAT], layer(inputs)))
+                made[key] = (layer, layer(inputs))
+            layer, out[profile] = made[key]
             self._keep(name, profile, layer)
         return out
 
