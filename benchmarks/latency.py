@@ -113,6 +113,20 @@ def write_seeded(model: str, path: Path) -> None:
     save(path, seeded(architecture, SEED), labels=None)
 
 
+def check_models(models: Sequence[str]) -> None:
+    """Check that these are names of networks.
+
+    Raises:
+        UsageError: One is not, or there is none.
+    """
+    from pipeline.convnext import SIZES
+
+    known = [name for name in SIZES if not name.startswith("isotropic")]
+    if not models or not set(models) <= set(known):
+        named = ", ".join(name for name in models if name not in known) or "none is named"
+        raise UsageError(f"unknown model: {named}", allowed=", ".join(known), do="Name another one")
+
+
 def pairs(rows: Sequence[Row]) -> Iterator[Row]:
     """Hold each artifact of ours against each peer of its runtime.
 
@@ -196,13 +210,8 @@ def main() -> None:
 
 
 def _run(target: Path, work: Path | None, options: Row) -> None:
-    from pipeline.convnext import SIZES
-
     models = list(dict.fromkeys(words.listed(options.pop("models"))))
-    known = [name for name in SIZES if not name.startswith("isotropic")]
-    if not models or not set(models) <= set(known):
-        named = ", ".join(name for name in models if name not in known) or "none is named"
-        raise UsageError(f"unknown model: {named}", allowed=", ".join(known), do="Correct --models")
+    check_models(models)
     asked = words.listed(options.pop("threads"))
     threads = [int(word) for word in asked if word.isdecimal() and int(word)]
     if not threads or len(threads) < len(asked):

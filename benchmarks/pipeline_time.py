@@ -29,9 +29,9 @@ from rich.table import Table
 from benchmarks import accuracy_runs as runs
 from benchmarks.accuracy import check_places, in_one_line, machine
 from benchmarks.accuracy_peers import PEERS, Job
-from benchmarks.latency import write_seeded
+from benchmarks.latency import check_models, write_seeded
 from pipeline import words
-from pipeline.errors import ArtifactError, UsageError
+from pipeline.errors import ArtifactError
 from pipeline.records import Preprocessing
 from pipeline.store import write_atomic
 
@@ -146,12 +146,8 @@ def main() -> None:
 
 
 def _run(target: Path, options: Row) -> None:
-    from pipeline.convnext import SIZES
-
     model = options.pop("model")
-    if model not in SIZES or model.startswith("isotropic"):
-        known = ", ".join(name for name in SIZES if not name.startswith("isotropic"))
-        raise UsageError(f"unknown model: {model}", allowed=known, do="Correct --model")
+    check_models([model])
     options["data"] = words.data_place(options["data"])
     check_places(target, None)
     os.environ["NNCF_EXTENSION_LOAD_TIMEOUT"] = "0"  # its build takes longer on few cores

@@ -36,6 +36,7 @@ class _Quantize(torch.autograd.Function):
         counts: bool,  # noqa: FBT001 - autograd passes positions only
         rounder: Callable[[Tensor], Tensor],
     ) -> Tensor:
+        """Quantize: steps where `counts`, else the values that they stand for."""
         u = (x / step) if shift is None else (x - shift).div_(step)
         offset = 0.0 if zero is None else float(zero)
         low, high = ends[0] - offset, ends[1] - offset
@@ -52,6 +53,7 @@ class _Quantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of x, step, shift and zero."""
         (grad,) = grads
         kept, u, step = ctx.saved_tensors
         passed = _inside(grad, u, *ctx.range)

@@ -341,7 +341,7 @@ def candidates(
             found += [
                 replace(one, placement=placement, graph_form=form)
                 for form in can.graph_forms
-                if placement in can.placements_of_form.get(form, can.placements)
+                if placement in can.placements_in(form)
             ]
     return tuple(found)
 

@@ -361,12 +361,11 @@ def tune(
     threads: Annotated[int | None, typer.Option(help="Threads while measuring.")] = None,
 ) -> None:
     """Choose each runtime's graph form and placement by measurement; export and measure those."""
+    from pipeline.errors import UsageError
     from pipeline.recipe import load_recipe
     from pipeline.run import Steps
 
     if effort not in {"quick", "full"}:
-        from pipeline.errors import UsageError
-
         raise UsageError(f"--effort is {effort!r}", allowed="quick, full", do="Correct --effort")
     flags = {"tune": effort, "device": device, "threads": threads, "bench": True}
     stored = recipe_of(run_dir)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -128,7 +128,9 @@ def explain_latency(artifact: Path) -> Breakdown:
             allowed="an artifact that `convnext-edge export` of this version wrote",
             do="Export it again",
         ) from error
-    with TemporaryDirectory() as folder, Worker(Path(folder) / "worker.log") as worker:
+    # A message may point at the log: it stays.
+    log = Path(gettempdir()) / "convnext-edge-explain.log"
+    with TemporaryDirectory() as folder, Worker(log) as worker:
         said = worker.call(
             "targets.breakdown:breakdown_stage",
             name=target.name,

@@ -26,6 +26,7 @@ from pipeline.distributed import ranks_here
 from pipeline.errors import ArtifactError, UsageError
 from pipeline.exports import ARTIFACTS, MODEL_FILES, Exports
 from pipeline.finetune import Course, Finetuner, require_trainable
+from pipeline.layouts import LAYOUTS, kept_layouts
 from pipeline.locate import locate
 from pipeline.measure import Timing, Verification, time_saved
 from pipeline.placements import check_layers
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
 EMBEDDED = Path(__file__).parent / "embedded" / "digits.safetensors"
 EMBEDDED_RECIPE = Path(__file__).parent / "embedded" / "recipe.toml"
 
-RECIPE, MODEL, LAYOUTS = "recipe.json", "model", "layouts.json"
+RECIPE, MODEL = "recipe.json", "model"
 """Places in a run folder, beside artifacts/, stages/, logs/, samples/ and what `pipeline.conclude`
 writes."""
 PUBLISHED, LEFT = (MODEL, ARTIFACTS, PAGES), (REPORT, JUNIT, SUMMARY, LAYOUTS)
@@ -166,6 +167,9 @@ def trained_on(out: Path, changes: Mapping[str, Any]) -> Recipe:
         left = quantized_model(out / MODEL).float_layers
         stated |= {"gate": budget.model_dump(exclude_none=True), "float_layers": left}
         del stated["max_drop"]
+    if stored.tune == "full":
+        # Its integers are of every placement: training goes on from those.
+        stated |= {"tune": "quick", "placement": quantized_model(out / MODEL).placement}
     # A table that says nothing asks for training as it is by default.
     return load_recipe(None, {"finetune": {"engine": "own"}, **stated}, changes)
 
@@ -224,7 +228,6 @@ class _Run:
         if recipe.finetune is not None:
             require_trainable(recipe.finetune)
         self.device = base.device(recipe.device)
-        _check_threads(self.device, recipe.threads)
         self.located = locate(recipe.checkpoint or EMBEDDED)
         self.sidecar = read_sidecar(self.located)
         self.preprocessing = preprocessing_of(recipe, self.sidecar)
@@ -232,6 +235,8 @@ class _Run:
         self.stages = Stages(out, display, cores=cores, beside=beside)
 
     def execute(self, steps: Steps) -> Finished:
+        if steps.bench and self.recipe.bench:
+            _check_threads(self.device, self.recipe.threads)
         self.display.preprocessing(self.preprocessing, self.sidecar.source)
         loaded, model = self._checkpoint()
         if self.recipe.float_layers:
@@ -437,7 +442,7 @@ class _Run:
     ) -> dict[str, Layout]:
         """Choose the graph form and placement of every runtime, by measurement where asked."""
         if not steps.choose:
-            return self._layouts_kept()
+            return kept_layouts(self.exports, self.out / LAYOUTS)
         budget = self.recipe.budget()
         limit = budget.max_drop_pp if budget is not None else None
         given = Conditions(
@@ -455,16 +460,6 @@ class _Run:
             verification = Verification(self.stages, loaded, model, self.preprocessing, asked=True)
             keeps = partial(_keeps, verification.of(data.evaluation), limit)
         return Autotuner(self.stages, self.exports, given, keeps).run(integers)
-
-    def _layouts_kept(self) -> dict[str, Layout]:
-        """Read what was chosen before; a runtime of which nothing fits takes its default."""
-        found, kept = _read_layouts(self.out / LAYOUTS), dict[str, Layout]()
-        why = "not chosen by measurement: run `convnext-edge tune RUN_DIR`"
-        for target in self.exports.targets:
-            default = self.exports.default_layout(target, why)
-            before = found.get(target.name, default)
-            kept[target.name] = before if _fits(before, default, self.recipe) else default
-        return kept
 
     def _image_shape(self, model: Checkpoint) -> tuple[int, int, int, int]:
         size = self.preprocessing.input_size
@@ -507,44 +502,6 @@ class _Run:
             else None,
             training=training,
         )
-
-
-def _read_layouts(file: Path) -> dict[str, Layout]:
-    """Read what an earlier run chose; nothing where none did.
-
-    Raises:
-        ArtifactError: The file is damaged, or names what a runtime does not have.
-    """
-    if not file.exists():
-        return {}
-    why = None
-    try:
-        found = TypeAdapter(dict[str, Layout]).validate_json(file.read_bytes())
-    except (OSError, ValidationError) as error:
-        found, why = {}, type(error).__name__
-    for name, layout in found.items():
-        if layout.runtime != name or not _has(base.runtime(name).capabilities, layout):
-            why = f"{name} has no such form or placement"
-    if why is not None:
-        raise ArtifactError(
-            f"{file} tells no layouts ({why})",
-            allowed="what `convnext-edge run` or `tune` of this version wrote",
-            do="Run `convnext-edge tune` on the folder, or remove the file to take the defaults",
-        )
-    return found
-
-
-def _has(can: base.Capabilities, layout: Layout) -> bool:
-    """Return whether a runtime can lay a model out so."""
-    places = can.placements_of_form.get(layout.graph_form, can.placements)
-    forms = {layout.graph_form, layout.float_form}
-    return forms <= set(can.graph_forms) and layout.placement in {None, *places}
-
-
-def _fits(layout: Layout, default: Layout, recipe: Recipe) -> bool:
-    """Return whether a layout is of the artifacts that a recipe asks for."""
-    asked = recipe.placement is None or layout.placement in {None, default.placement}
-    return asked and layout.isa == default.isa and layout.scheme in {"float", recipe.scheme}
 
 
 def _keeps(

@@ -127,8 +127,7 @@ def _answered(
 
 
 def _drops(report: Report, limit: float) -> Iterator[Check]:
-    for runtime, why in _float_shipped(report).items():
-        yield Check(name=f"{runtime} drop", outcome="pass", value=0.0, limit=limit, why=why)
+    yield from _of_float(report, "drop", 0.0, limit)
     for row in _quantized(report):
         name, result = f"{row.runtime} {row.scheme} drop", row.accuracy
         if result.lost is None or result.gained is None or result.n is None:
@@ -140,18 +139,14 @@ def _drops(report: Report, limit: float) -> Iterator[Check]:
 
 def _sizes(report: Report, limit: float) -> Iterator[Check]:
     floats = {row.runtime: row for row in report.artifacts if row.scheme == "float"}
-    for runtime, said in _float_shipped(report).items():
-        outcome: CheckOutcome = "pass" if limit >= 1 else "fail"
-        yield Check(name=f"{runtime} size", outcome=outcome, value=1.0, limit=limit, why=said)
+    yield from _of_float(report, "size", 1.0, limit)
     for row in _quantized(report):
         name = f"{row.runtime} {row.scheme} size"
         yield _size(name, row, floats.get(row.runtime), limit, "float")
 
 
 def _latencies(report: Report, clock: str, limit: float) -> Iterator[Check]:
-    for runtime, why in _float_shipped(report).items():
-        outcome: CheckOutcome = "pass" if limit >= 1 else "fail"
-        yield Check(name=f"{runtime} latency", outcome=outcome, value=1.0, limit=limit, why=why)
+    yield from _of_float(report, "latency", 1.0, limit)
     for row in _quantized(report):
         for latency in row.latency:
             name = f"{row.runtime} {row.scheme} latency on {latency.device}"
@@ -160,9 +155,7 @@ def _latencies(report: Report, clock: str, limit: float) -> Iterator[Check]:
 
 def _faster(report: Report, clock: str, limit: float) -> Iterator[Check]:
     """Ask whether what is shipped in integers is faster than float: nothing slower is."""
-    for runtime, why in _float_shipped(report).items():
-        name = f"{runtime} is no slower than float"
-        yield Check(name=name, outcome="pass", value=1.0, limit=limit, why=why)
+    yield from _of_float(report, "is no slower than float", 1.0, limit)
     for row in _quantized(report):
         for latency in row.latency:
             name = f"{row.runtime} {row.scheme} is no slower than float on {latency.device}"
@@ -174,6 +167,14 @@ def _float_shipped(report: Report) -> dict[str, str]:
     has = {row.runtime for row in report.artifacts if row.scheme == "float"}
     shipped = (one for one in report.layouts if ships_float(one) and one.runtime in has)
     return {one.runtime: f"float is shipped: {one.reason}" for one in shipped}
+
+
+def _of_float(report: Report, what: str, value: float, limit: float) -> Iterator[Check]:
+    """Answer for the runtimes that ship float, which is to float what it is."""
+    for runtime, why in _float_shipped(report).items():
+        outcome: CheckOutcome = "pass" if value <= limit else "fail"
+        name = f"{runtime} {what}"
+        yield Check(name=name, outcome=outcome, value=value, limit=limit, why=why)
 
 
 _COUNTS: dict[str, Callable[[Proof], float]] = {

@@ -70,6 +70,10 @@ class Capabilities:
     unsupported_schemes: Mapping[Scheme, str] = field(default_factory=dict)
     default_isa: Isa | None = None
 
+    def placements_in(self, form: str) -> tuple[str, ...]:
+        """Return the placements that a graph form can express."""
+        return self.placements_of_form.get(form, self.placements)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NotRun:
@@ -264,8 +268,7 @@ def check_expressible(wanted: Export, known: Runtime) -> None:
         UsageError: It cannot; the message lists what it can, and says why where that is known.
     """
     can = known.capabilities
-    quantized = wanted.scheme != "float"
-    placements = can.placements_of_form.get(wanted.graph_form, can.placements)
+    quantized, placements = wanted.scheme != "float", can.placements_in(wanted.graph_form)
     for word, value, allowed in (
         ("scheme", wanted.scheme, can.schemes),
         ("graph form", wanted.graph_form, can.graph_forms),

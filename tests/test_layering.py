@@ -43,7 +43,7 @@ LEVELS = (
     },
     {"pipeline.stages"},
     {"pipeline.conclude", "pipeline.measure", "pipeline.exports"},
-    {"pipeline.tune", "pipeline.finetune", "pipeline.autotune"},
+    {"pipeline.tune", "pipeline.finetune", "pipeline.autotune", "pipeline.layouts"},
     {"pipeline.run"},
     {"pipeline.words", "pipeline.explain"},
     {"pipeline.cli", "pipeline.cli_run"},

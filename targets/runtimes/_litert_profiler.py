@@ -102,6 +102,7 @@ class _Api:
         self.texts: list[object] = []
 
     def call(self, name: str, *arguments: object) -> None:
+        """Call a function that answers with a status."""
         function = getattr(self.library, name, None)
         if function is None:
             status = "nothing, for there is none"
@@ -117,11 +118,13 @@ class _Api:
             )
 
     def got(self, name: str, *arguments: object) -> Handle:
+        """Call a function that hands out what another one owns."""
         handle = Handle()
         self.call(name, *arguments, ctypes.byref(handle))
         return handle
 
     def made(self, what: str, *arguments: object, destroy: str | None = None) -> Handle:
+        """Call a function that makes something, which is destroyed at the end."""
         handle = self.got(f"LiteRtCreate{what}", *arguments)
         ending = getattr(self.library, f"LiteRtDestroy{destroy or what}")
         ending.restype = None
@@ -138,6 +141,7 @@ class _Api:
         )
 
     def buffer(self, environment: Handle, model: Handle, compiled: Handle, side: str) -> Handle:
+        """Make the memory of the one input or output."""
         signature = self.got("LiteRtGetModelSignature", model, Index(0))
         tensor = self.got(f"LiteRtGetSignature{side}TensorByIndex", signature, Index(0))
         kind = ctypes.create_string_buffer(TENSOR_TYPE_BYTES)

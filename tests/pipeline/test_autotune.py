@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pipeline.autotune import Autotuner, Conditions, Effort, candidates, faster_half, in_order
 from pipeline.errors import ArtifactError
 from pipeline.exports import Exports
+from pipeline.layouts import read_layouts
 from pipeline.placements import PLACEMENTS
 from pipeline.recipe import Recipe
 from pipeline.records import (
@@ -28,7 +29,6 @@ from pipeline.records import (
     Scheme,
     to_json,
 )
-from pipeline.run import _read_layouts
 from pipeline.worker import silent
 from reports.document import read_report
 from reports.layouts import sentence, ships_float
@@ -385,6 +385,12 @@ def test_a_run_folder_is_tuned_and_its_measurements_are_kept(tmp_path: Path) -> 
     again = read_report(tmp_path / "run")
     assert again.layouts == (layout,)
     assert [row.sha256 for row in again.artifacts] == [row.sha256 for row in report.artifacts]
+    # A folder made where there are more cores can be verified here.
+    recipe = tmp_path / "run" / "recipe.json"
+    assert '"threads": 2' in recipe.read_text()
+    recipe.write_text(recipe.read_text().replace('"threads": 2', '"threads": 999'))
+    cli("verify", "run")
+    recipe.write_text(recipe.read_text().replace('"threads": 999', '"threads": 2'))
     (tmp_path / "run" / "layouts.json").write_text('{"onnx": {}}')
     done = subprocess.run(
         [*CLI, "bench", "run"], capture_output=True, text=True, cwd=tmp_path, check=False
@@ -427,9 +433,9 @@ def test_layouts_that_a_runtime_does_not_have_are_refused(
     exports = Exports(Recipe(runtimes=("onnx",)))
     right = exports.default_layout(exports.targets[0], "")
     file = tmp_path / "layouts.json"
-    assert _read_layouts(file) == {}
+    assert read_layouts(file) == {}
     file.write_bytes(to_json({"onnx": right}))
-    assert _read_layouts(file) == {"onnx": right}
+    assert read_layouts(file) == {"onnx": right}
     file.write_bytes(to_json({"onnx": replace(right, **wrong)}))
     with pytest.raises(ArtifactError, match=r"layouts\.json tells no layouts"):
-        _read_layouts(file)
+        read_layouts(file)

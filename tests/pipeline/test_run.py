@@ -11,9 +11,10 @@ import pytest
 from pipeline import checkpoint
 from pipeline.convnext import seeded
 from pipeline.locate import locate
-from pipeline.recipe import load_recipe
-from pipeline.records import Architecture
-from pipeline.run import preprocessing_of
+from pipeline.quantize import write
+from pipeline.recipe import Recipe, load_recipe
+from pipeline.records import Architecture, QuantizedModel
+from pipeline.run import preprocessing_of, trained_on
 from pipeline.sidecar import read_sidecar
 
 
@@ -37,3 +38,17 @@ def test_a_flag_of_the_crop_is_not_undone_by_the_sidecar(
     )
     how = preprocessing_of(recipe, read_sidecar(locate(tmp_path / "net.safetensors")))
     assert (how.shorter_side, how.crop_mode) == expected
+
+
+def test_training_goes_on_from_the_integers_of_a_folder_that_was_tuned_in_full(
+    small_model: tuple[QuantizedModel, dict[str, Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "model").mkdir()
+    write(tmp_path / "model", *small_model)
+    stored = Recipe(tune="full", runtimes=("onnx",))
+    (tmp_path / "recipe.json").write_text(stored.model_dump_json())
+    recipe = trained_on(tmp_path, {})
+    assert recipe.finetune is not None
+    assert (recipe.tune, recipe.placement) == ("quick", small_model[0].placement)
+    (tmp_path / "recipe.json").write_text(Recipe(runtimes=("onnx",)).model_dump_json())
+    assert trained_on(tmp_path, {}).placement is None

@@ -125,11 +125,12 @@ def test_the_floor_is_the_pointwise_layers_with_their_integers(
 
 def test_multiply_accumulates_are_counted(model: Path) -> None:
     graph = graph_of(model, export_of("onnx", "float"))
-    conv, pw1, head = (graph[n] for n in ("stem.conv", "stages.0.blocks.0.pw1", "head.fc"))
+    macs = {op.name: macs_of(op) for op in graph.weighted}
     places = (SIZE // 4) ** 2
-    assert macs_of(conv) == 16 * 3 * 16 * places  # type: ignore[arg-type]
-    assert macs_of(pw1) == 16 * 64 * places  # type: ignore[arg-type]
-    assert macs_of(head) == 32 * 5  # type: ignore[arg-type]
+    assert macs["stem.conv"] == 16 * 3 * 16 * places
+    assert macs["stages.0.blocks.0.depthwise"] == 16 * 49 * places
+    assert macs["stages.0.blocks.0.pw1"] == 16 * 64 * places
+    assert macs["head.fc"] == 32 * 5
 
 
 @pytest.mark.parametrize("name", PROFILED)
