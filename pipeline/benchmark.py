@@ -7,7 +7,7 @@ The jobs alternate with a null session, which shows what the harness itself cost
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -99,7 +99,7 @@ def latencies(
             outcome="measured",
             kind=info.kind,
             threads=threads,
-            n=len(item.wall_ms),
+            n=len(item.wall_ms) or len(item.instructions),
             wall_p50_ms=percentile(item.wall_ms, 50),
             wall_p90_ms=percentile(item.wall_ms, 90),
             cpu_p50_ms=percentile(item.cpu_ms, 50),
@@ -111,9 +111,29 @@ def latencies(
             harness_wall_p50_ms=percentile(harness.wall_ms, 50),
             harness_cpu_p50_ms=percentile(harness.cpu_ms, 50),
             versions=dict(item.versions),
+            **_counts(item, base),
+            before=item.before,
+            after=item.after,
         )
         rows[label] = _beside_float(row, item, base) if base else row
     return rows
+
+
+def _counts(item: Samples, base: Samples | None) -> dict[str, Any]:
+    """Return the fields of a row that instructions make; none where none were counted."""
+    if not item.instructions:
+        return {}
+    count = int(np.median(item.instructions))
+    said: dict[str, Any] = {
+        "instructions": count,
+        "instruction_spread": (max(item.instructions) - min(item.instructions)) / count,
+        "instruction_kinds": dict(item.instruction_kinds),
+        "instructions_by_symbol": dict(item.symbols),
+    }
+    if base is not None and base.instructions:
+        of_float = int(np.median(base.instructions))
+        said |= {"float_instructions": of_float, "instruction_ratio": count / of_float}
+    return said
 
 
 def _beside_float(row: Latency, item: Samples, base: Samples) -> Latency:

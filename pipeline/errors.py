@@ -68,6 +68,10 @@ class ArtifactError(EdgeError):
     """An artifact that is damaged or was not made by this project."""
 
 
+class DeviceError(EdgeError):
+    """A device that cannot be reached, or does not do what it is asked."""
+
+
 class TrainingError(EdgeError):
     """Training that cannot begin, or cannot go on; what it had learnt is kept."""
 

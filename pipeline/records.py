@@ -544,12 +544,33 @@ class Accuracy:
 
 
 @_reported
+class DeviceState:
+    """How a device stands at one moment; None and empty where it does not tell.
+
+    Attributes:
+        governor: Of its first core's clock, as Linux names it.
+        frequency_mhz: Of that core.
+        temperatures_c: Zone to degrees Celsius.
+        throttled: What the device says of being slowed down (`vcgencmd get_throttled` on a Pi).
+        load: Of the last minute, in runnable processes.
+    """
+
+    governor: str | None = None
+    frequency_mhz: float | None = None
+    temperatures_c: dict[str, float] = Field(default_factory=dict)
+    throttled: str | None = None
+    load: float | None = None
+
+
+@_reported
 class Latency:
     """Times of one artifact on one device; milliseconds per inference of the artifact's batch.
 
     Ratios are of medians, this artifact over the float artifact of its runtime in the same run;
     `harness` is the null session's time, which each of the others contains. `load` includes the
-    import of the runtime's packages.
+    import of the runtime's packages. Where instructions were counted, `instructions` is the median
+    per inference, `instruction_spread` (largest - least) / median, and `instruction_kinds` and
+    `instructions_by_symbol` say which: counts are never turned into times.
     """
 
     device: str
@@ -576,6 +597,14 @@ class Latency:
     cpu_ratio: float | None = None
     cpu_ratio_ci95: tuple[float, float] | None = None
     versions: dict[str, str] | None = None
+    instructions: int | None = None
+    float_instructions: int | None = None
+    instruction_ratio: float | None = None
+    instruction_spread: float | None = None
+    instruction_kinds: dict[str, int] | None = None
+    instructions_by_symbol: dict[str, int] | None = None
+    before: DeviceState | None = None
+    after: DeviceState | None = None
 
 
 @_reported

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from pipeline.errors import MissingRuntimeError, UsageError
 from pipeline.placements import PLACEMENTS
+from pipeline.records import DeviceState  # noqa: TC001 - pydantic reads it at run time
 from pipeline.store import library_versions
 
 if TYPE_CHECKING:
@@ -148,19 +149,43 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Samples:
-    """Raw times of one job: milliseconds per inference, in the order in which they were taken."""
+    """What one job gave, inference by inference, in the order in which they ran.
+
+    Attributes:
+        label: The job's.
+        wall_ms: Milliseconds per inference; empty where the device's clock says nothing.
+        cpu_ms: The same of CPU time, of all threads.
+        load_ms: Import of the runtime and loading of the artifact.
+        first_ms: First inference.
+        peak_memory_bytes: Of the job's process.
+        versions: Of the runtime's distributions, on the device.
+        instructions: Guest instructions per inference; empty where none were counted.
+        instruction_kinds: Of those, per inference: `dot_product` and `i8mm`.
+        symbols: Of those, per inference, by kernel symbol, or by library where it keeps none.
+        before: How the device stood before the first sample of the run.
+        after: How it stood after the last one.
+    """
 
     label: str
     wall_ms: tuple[float, ...]
     cpu_ms: tuple[float, ...]
-    load_ms: float
-    first_ms: float
-    peak_memory_bytes: int
+    load_ms: float | None
+    first_ms: float | None
+    peak_memory_bytes: int | None
     versions: dict[str, str]
+    instructions: tuple[int, ...] = ()
+    instruction_kinds: dict[str, int] = field(default_factory=dict)
+    symbols: dict[str, int] = field(default_factory=dict)
+    before: DeviceState | None = None
+    after: DeviceState | None = None
 
 
 class Device(Protocol):
-    """One place to run. A module in targets/devices/ provides an instance named `DEVICE`."""
+    """One place to run.
+
+    A module in targets/devices/ provides an instance named `DEVICE`, or a `DeviceFamily` named
+    `DEVICES` where there can be many: a device of a family is called `FAMILY:ADDRESS`.
+    """
 
     name: str
 
@@ -180,7 +205,45 @@ class Device(Protocol):
         threads: int,
         progress: Progress,
     ) -> list[Samples]:
-        """Time the jobs, alternating: `rounds` times each in turn, `per_round` inferences."""
+        """Time the jobs, alternating: `rounds` times each in turn, `per_round` inferences.
+
+        A device that counts instead of timing takes as many inferences as its counts need.
+
+        Raises:
+            DeviceError: The device cannot be reached, or does not do what it is asked.
+        """
+
+    def infer(
+        self, job: Job, images: Image, *, batch: int, threads: int, progress: Progress
+    ) -> Logits:
+        """Run images (N, C, H, W) through one artifact on this device: logits (N, classes).
+
+        Args:
+            job: The artifact; its path is not None.
+            images: float32 pixels in [0, 255], as a `Session` takes them.
+            batch: What the artifact takes; the last images are repeated to fill up.
+            threads: For the runtime.
+            progress: Called with how many images are done.
+
+        Raises:
+            DeviceError: As `measure`.
+        """
+
+
+class DeviceFamily(Protocol):
+    """Many places to run that are reached in the same way."""
+
+    name: str
+
+    def found(self) -> tuple[str, ...]:
+        """Return the addresses of the devices that can be named without asking anybody."""
+
+    def at(self, address: str) -> Device:
+        """Return the device with this address.
+
+        Raises:
+            UsageError: It is no address of this family.
+        """
 
 
 def runtimes() -> dict[str, Runtime]:
@@ -189,8 +252,18 @@ def runtimes() -> dict[str, Runtime]:
 
 
 def devices() -> dict[str, Device]:
-    """Return every device by its name, discovered from targets/devices/."""
-    return {item.name: item for item in _discover("targets.devices", "DEVICE")}
+    """Return every device by its name, discovered from targets/devices/; families' where found."""
+    known: dict[str, Device] = {i.name: i for i in _discover("targets.devices", "DEVICE")}
+    for family in device_families().values():
+        for address in family.found():
+            item = family.at(address)
+            known[item.name] = item
+    return known
+
+
+def device_families() -> dict[str, DeviceFamily]:
+    """Return every family of devices by its name, discovered from targets/devices/."""
+    return {item.name: item for item in _discover("targets.devices", "DEVICES")}
 
 
 def runtime(name: str) -> Runtime:
@@ -210,17 +283,21 @@ def runtime(name: str) -> Runtime:
 
 
 def device(name: str) -> Device:
-    """Return one device.
+    """Return one device, by its name or by `FAMILY:ADDRESS`.
 
     Raises:
         UsageError: No device has this name.
     """
+    first, colon, address = name.partition(":")
+    families = device_families()
+    if colon and first in families:
+        return families[first].at(address)
     known = devices()
     if name not in known:
         raise UsageError(
             f"unknown device: {name}",
-            allowed=", ".join(sorted(known)),
-            do="Correct --device",
+            allowed=", ".join([*sorted(known), *(f"{family}:ADDRESS" for family in families)]),
+            do="Correct --device; `convnext-edge devices` lists what is found",
         )
     return known[name]
 
@@ -325,6 +402,7 @@ def _discover(package: str, attribute: str) -> Iterable[ModuleType]:
     for info in sorted(pkgutil.iter_modules(parent.__path__), key=lambda i: i.name):
         if not info.name.startswith("_"):
             # A folder keeps its instance in runtime.py or device.py: every __init__ stays empty.
-            inner = f".{attribute.lower()}" if info.ispkg else ""
+            inner = f".{attribute.lower().removesuffix('s')}" if info.ispkg else ""
             module = importlib.import_module(f"{package}.{info.name}{inner}")
-            yield getattr(module, attribute)
+            if hasattr(module, attribute):
+                yield getattr(module, attribute)

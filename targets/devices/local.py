@@ -20,7 +20,7 @@ import numpy as np
 
 from pipeline.store import library_versions
 from pipeline.worker import Worker
-from targets.base import DeviceInfo, Job, NotRun, Samples, runtime
+from targets.base import DeviceInfo, Job, NotRun, Samples, run_padded, runtime
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -118,6 +118,27 @@ class Local:
             for i, job in enumerate(jobs)
         ]
 
+    def infer(
+        self, job: Job, images: Image, *, batch: int, threads: int, progress: Progress
+    ) -> Logits:
+        """Run images through an artifact in a process of its own; see `targets.base.Device`."""
+        with TemporaryDirectory(prefix="convnext-edge-") as name:
+            folder = Path(name)
+            np.save(folder / "images.npy", images)
+            with Worker(folder / "worker.log") as worker:
+                worker.call(
+                    f"{__name__}:infer_job",
+                    progress=progress,
+                    name=job.runtime,
+                    path=str(job.path),
+                    images=str(folder / "images.npy"),
+                    batch=batch,
+                    threads=threads,
+                    logits=str(folder / "logits.npy"),
+                )
+            logits: Logits = np.load(folder / "logits.npy")
+        return logits
+
 
 _job: list[tuple[Session, Image]] = []
 """The one job of this worker process."""
@@ -173,6 +194,34 @@ def time_job(inferences: int, progress: Progress) -> dict[str, list[float]]:
         wall.append((time.perf_counter_ns() - wall_before) / 1e6)
     progress(1, 1)
     return {"wall_ms": wall, "cpu_ms": cpu}
+
+
+def infer_job(
+    name: str,
+    path: str,
+    images: str,
+    batch: int,
+    threads: int,
+    logits: str,
+    progress: Progress,
+) -> None:
+    """Run images through an artifact in a worker.
+
+    Args:
+        name: The runtime.
+        path: The artifact.
+        images: An .npy file, float32 (N, C, H, W).
+        batch: What the artifact takes.
+        threads: For the runtime.
+        logits: Takes the .npy file with float32 (N, classes).
+        progress: Called per batch.
+    """
+    pixels, session = np.load(images), runtime(name).load(Path(path), threads)
+    found = []
+    for start in range(0, len(pixels), batch):
+        found.append(run_padded(session, pixels[start : start + batch], batch))
+        progress(min(start + batch, len(pixels)), len(pixels))
+    np.save(logits, np.concatenate(found))
 
 
 def _null_session(image: Image) -> Logits:

@@ -77,6 +77,9 @@ class Stopwatch:
             for name, job in zip(names, jobs, strict=True)
         ]
 
+    def infer(self, job: Job, images: Any, **rest: Any) -> base.Logits:
+        raise AssertionError(f"{job.label} was to be timed, not run")
+
 
 def conditions(device: base.Device, effort: Effort = "quick", threads: int = 1) -> Conditions:
     return Conditions(
