@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from calib import rounding
-from calib.grid import apply, drawn
+from calib.grid import along_channels, apply, drawn
 from pipeline.arithmetic import (
     FEW_BITS,
     bias_scales,
@@ -77,16 +77,31 @@ class IntegerLayer:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply the layer to a site's output (N, in, ...) in the folded network's units."""
-        weight, bias = dequantize_weight(self.weight, self.scales), self.bias
-        if self.of.input_scale is not None:
-            bias = bias * bias_scales(self.of.input_scale, self.scales).astype(np.float64)
-        inputs = self.of.rescaling.apply(x)
-        return apply(self.of.module, inputs, torch.from_numpy(weight), torch.from_numpy(bias))
+        weight = torch.from_numpy(dequantize_weight(self.weight, self.scales))
+        return apply(self.of.module, self.of.rescaling.apply(x), weight, self.offsets())
 
-    def corrected(self, error: NDArray[np.float64]) -> IntegerLayer:
-        """Return the layer with a mean error (out,) made up for in its bias."""
-        bias = self.of.bias + error
-        return replace(self, of=replace(self.of, bias=bias), bias=_bias(self.of, bias, self.scales))
+    def corrected(self, exact: Tensor, y: Tensor) -> tuple[IntegerLayer, Tensor]:
+        """Make up for a layer's mean error in its bias.
+
+        Args:
+            exact: What the float layer computes, (N, out, ...).
+            y: What this one does.
+
+        Returns:
+            The layer with another bias, and what it computes.
+        """
+        bias = self.of.bias + rounding.mean_error(exact, y)
+        to = replace(self, of=replace(self.of, bias=bias), bias=_bias(self.of, bias, self.scales))
+        moved = (to.offsets() - self.offsets()).to(y.dtype)
+        return to, y + along_channels(moved, y.ndim)
+
+    def offsets(self) -> Tensor:
+        """Return the bias in the units of what the layer writes, float64 (out,)."""
+        if self.of.input_scale is None:
+            return torch.from_numpy(self.bias).double()
+        return torch.from_numpy(
+            self.bias * bias_scales(self.of.input_scale, self.scales).astype(np.float64)
+        )
 
 
 def unrounded(
@@ -192,7 +207,8 @@ def _bounded(layer: Unrounded) -> NDArray[np.float64]:
 
 def _importance(layer: Unrounded, x: Tensor) -> NDArray[np.float64]:
     """Return the mean square of what each weight multiplies, shaped to broadcast over them."""
-    square: NDArray[np.float64] = x.movedim(1, 0).flatten(1).double().square().mean(dim=1).numpy()
+    positions = (0, *range(2, x.ndim))
+    square: NDArray[np.float64] = x.square().mean(dim=positions, dtype=torch.float64).numpy()
     ndim = layer.weight.ndim
     if _depthwise(layer.module):
         # Within a row all weights multiply the same channel.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from scipy.linalg import blas, lapack
 
 from pipeline.arithmetic import PAIR_LIMIT, along_rows
 
@@ -45,8 +46,12 @@ def second_moment(rows: Tensor, others: Tensor | None = None) -> Doubles:
         rows: Float32 (P, K).
         others: The same shape; None is `rows` themselves.
     """
-    with_ = rows if others is None else others
-    return (rows.T.double() @ with_.double() / len(rows)).numpy()
+    if others is not None:
+        return (rows.T.double() @ others.double() / len(rows)).numpy()
+    # Symmetric: half of the products are enough.
+    lower = blas.dsyrk(1 / len(rows), rows.double().numpy().T, lower=True)
+    moment: Doubles = np.tril(lower) + np.tril(lower, -1).T
+    return moment
 
 
 def gptq(
@@ -70,27 +75,29 @@ def gptq(
         order = (2 * pairs[:, None] + np.arange(2)).ravel()
     damped = hessian[np.ix_(order, order)].copy()
     damped[np.diag_indices_from(damped)] += DAMPING * max(np.diag(hessian).mean(), 1e-30)
-    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
-    steps = weight[:, order] / along_rows(scales.astype(np.float64), 2)
+    factor, _ = lapack.dpotrf(damped)
+    inverse, _ = lapack.dpotri(factor)
+    upper, _ = lapack.dpotrf(inverse)
+    # Columns become rows: each is read and written whole.
+    steps = np.ascontiguousarray((weight[:, order] / along_rows(scales.astype(np.float64), 2)).T)
     q = np.zeros_like(steps)
-    for start in range(0, steps.shape[1], BLOCK):
-        end = min(start + BLOCK, steps.shape[1])
-        errors = np.zeros((len(steps), end - start))
+    low, high = (np.full(len(weight), sign * float(grid.limit)) for sign in (-1, 1))
+    for start in range(0, len(steps), BLOCK):
+        end = min(start + BLOCK, len(steps))
+        errors = np.zeros((end - start, len(weight)))
         for j in range(start, end):
-            low = np.full(len(steps), -float(grid.limit))
-            high = -low
+            least, most = low, high
             if grid.pairs and j % 2:
-                before = q[:, j - 1]
-                high = np.where(before > 0, np.minimum(high, PAIR_LIMIT - before), high)
-                low = np.where(before < 0, np.maximum(low, -PAIR_LIMIT - before), low)
-            q[:, j] = np.clip(np.rint(steps[:, j]), low, high)
-            errors[:, j - start] = (steps[:, j] - q[:, j]) / upper[j, j]
-            steps[:, j + 1 : end] -= np.outer(errors[:, j - start], upper[j, j + 1 : end])
-        steps[:, end:] -= errors @ upper[start:end, end:]
-    chosen = np.empty_like(q)
-    chosen[:, order] = q
-    integers: NDArray[np.int8] = chosen.astype(np.int8)
-    return integers
+                before = q[j - 1]
+                most = np.where(before > 0, np.minimum(high, PAIR_LIMIT - before), high)
+                least = np.where(before < 0, np.maximum(low, -PAIR_LIMIT - before), low)
+            q[j] = np.clip(np.rint(steps[j]), least, most)
+            errors[j - start] = (steps[j] - q[j]) / upper[j, j]
+            steps[j + 1 : end] -= np.outer(upper[j, j + 1 : end], errors[j - start])
+        steps[end:] -= upper[start:end, end:].T @ errors
+    chosen = np.empty(weight.shape, np.int8)
+    chosen[:, order] = q.T
+    return chosen
 
 
 def ridge(weight: Doubles, lost: Doubles, hessian: Doubles) -> Doubles:
@@ -159,5 +166,5 @@ def adaround(
 
 def mean_error(exact: Tensor, y: Tensor) -> Doubles:
     """Return the mean of exact - y per channel: (C,) of two tensors (N, C, ...)."""
-    difference = (exact - y).movedim(1, 0).flatten(1)
-    return difference.double().mean(dim=1).numpy()
+    positions = (0, *range(2, y.ndim))
+    return (exact - y).mean(dim=positions, dtype=torch.float64).numpy()

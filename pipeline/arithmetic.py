@@ -11,6 +11,7 @@ int32 at scale_x * scale_w. Rounding is half to even.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -251,13 +252,19 @@ def round_weights(x: NDArray[np.float64], grid: WeightGrid) -> NDArray[np.float6
     """
     if not grid.pairs:
         return np.rint(np.clip(x, -grid.limit, grid.limit))
-    pairs = np.clip(x, -grid.limit, grid.limit).reshape(len(x), x.shape[1] // 2, 2, -1)
-    first, second = pairs[:, :, 0], pairs[:, :, 1]
-    excess = np.where(first * second > 0, abs(first) + abs(second) - PAIR_LIMIT, 0).clip(0)
-    a, b = (np.rint(w - np.sign(w) * excess / 2) for w in (first, second))
-    # Two halves rounded up can be one too many.
-    b -= np.sign(b) * ((a * b > 0) & (abs(a) + abs(b) > PAIR_LIMIT))
-    return np.stack((a, b), axis=2).reshape(x.shape)
+    clipped = np.clip(x, -grid.limit, grid.limit)
+    q, pairs = np.rint(clipped), clipped.reshape(-1, 2, math.prod(x.shape[2:]))
+    # Of unlike signs none exceeds it: each alone keeps to `WEIGHT_LIMIT`.
+    over = abs(pairs[:, 0] + pairs[:, 1]) > PAIR_LIMIT
+    if over.any():
+        first, second = pairs[:, 0][over], pairs[:, 1][over]
+        excess = abs(first) + abs(second) - PAIR_LIMIT
+        a, b = (np.rint(w - np.sign(w) * excess / 2) for w in (first, second))
+        # Two halves rounded up can be one too many.
+        b -= np.sign(b) * (abs(a) + abs(b) > PAIR_LIMIT)
+        rounded = q.reshape(pairs.shape)
+        rounded[:, 0][over], rounded[:, 1][over] = a, b
+    return q
 
 
 def dequantize_weight(q: NDArray[np.int8], scales: NDArray[np.float32]) -> NDArray[np.float32]:

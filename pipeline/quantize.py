@@ -27,7 +27,6 @@ from calib.images import select
 from calib.layer import IntegerLayer, rounded, unrounded
 from calib.preprocess import some_pixels
 from calib.probe import Behind, FunctionReader, LayerReader
-from calib.rounding import mean_error
 from pipeline import checkpoint
 from pipeline.arithmetic import BITS, FEW_BITS, weight_grid
 from pipeline.convnext import ChannelNorm, layer_kind
@@ -329,9 +328,8 @@ class _Walk:
             key = (id(inputs), grid)
             if key not in made:
                 layer = rounded(plain, grid, how, x[FLOAT], inputs)
-                if self.how.correct_bias:
-                    layer = layer.corrected(mean_error(out[FLOAT], layer(inputs)))
-                made[key] = (layer, layer(inputs))
+                y = layer(inputs)
+                made[key] = layer.corrected(out[FLOAT], y) if self.how.correct_bias else (layer, y)
             layer, out[profile] = made[key]
             self._keep(name, profile, layer)
         return out

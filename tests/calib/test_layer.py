@@ -127,7 +127,10 @@ def test_a_bias_correction_moves_the_bias_by_the_mean_error() -> None:
     grid = weight_grid(tuple(module.weight.shape), "full", depthwise=False)
     with torch.no_grad():
         layer = rounded(unrounded(module, nothing, 0.01), grid, "nearest")
-        moved = layer.corrected(np.full(20, 0.5))
         x = inputs().float()
-        step = float(layer(x).mean()) + 0.5 - float(moved(x).mean())
-    assert abs(step) < 0.01 * float(layer.scales.max())
+        y = layer(x)
+        moved, said = layer.corrected(y + 0.5, y)
+        step = float((moved(x) - y - 0.5).abs().max())
+    # Before and after, the bias is rounded to half a step.
+    assert step < 1.01 * 0.01 * float(layer.scales.max())
+    torch.testing.assert_close(said, moved(x))
