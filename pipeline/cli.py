@@ -17,6 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from pipeline import words
+from pipeline.cli_devices import devices_app
 from pipeline.cli_run import (
     INTERRUPTED,
     RunDir,
@@ -34,6 +35,8 @@ from pipeline.records import to_json
 GATE_EXIT = {"pass": 0, "fail": 3, "inconclusive": 4, "not_run": 4}
 TERMINATED = 143
 PLACE_LENGTH = 200
+
+app.add_typer(devices_app, name="devices")
 
 Json = Annotated[bool, typer.Option("--json", help="Machine-readable output.")]
 

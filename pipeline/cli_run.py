@@ -15,6 +15,7 @@ from pipeline import words
 
 if TYPE_CHECKING:
     from pipeline.recipe import Budget, Recipe
+    from pipeline.records import Place
     from pipeline.run import Finished
     from reports.document import Gate
 
@@ -32,6 +33,14 @@ INTERRUPTED = 130
 DEFAULT_OUT = Path("runs/default")
 
 RunDir = Annotated[Path, typer.Argument(help="A folder that `convnext-edge run` wrote.")]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option("--device", help="Where; again for more: they work at the same time."),
+]
+Inventory = Annotated[
+    Path | None,
+    typer.Option(help="TOML file that names devices; --device all means every one of them."),
+]
 
 
 # --- the pipeline: run, quantize and export are one command that goes more or less far ------------
@@ -327,28 +336,47 @@ def finetune(
 
 
 @app.command()
-def verify(run_dir: RunDir) -> None:
-    """Run the artifacts of a run folder over its evaluation images."""
+def verify(
+    run_dir: RunDir,
+    device: Devices = None,
+    inventory: Inventory = None,
+    images: Annotated[
+        int, typer.Option(min=1, help="Of a device: compare outputs on so many.")
+    ] = 100,
+) -> None:
+    """Run a run folder's artifacts over its evaluation images, or compare a device's outputs."""
     from pipeline.run import Steps
 
-    _conclude(_execute(recipe_of(run_dir), run_dir, Steps(bench=False, choose=False)), run_dir)
+    stored = recipe_of(run_dir)
+    places = _places(device, None, inventory)
+    steps = Steps(bench=False, choose=False, here=not places, places=places, images=images)
+    _conclude(_execute(stored, run_dir, steps), run_dir)
 
 
 @app.command()
 def bench(
     run_dir: RunDir,
-    device: Annotated[str | None, typer.Option(help="Where latency is measured.")] = None,
+    device: Devices = None,
     threads: Annotated[int | None, typer.Option(help="Threads while measuring.")] = None,
+    inventory: Inventory = None,
 ) -> None:
-    """Measure the latency of a run folder's artifacts."""
+    """Measure the latency of a run folder's artifacts; a device's rows join the report."""
     from pipeline.recipe import load_recipe
+    from pipeline.records import Place
     from pipeline.run import Steps
 
-    flags = {"device": device, "threads": threads, "bench": True}
-    changes = {name: value for name, value in flags.items() if value is not None}
     stored = recipe_of(run_dir)
+    own = Place(device=stored.device, threads=stored.threads)
+    places: tuple[Place, ...] = ()
+    changes: dict[str, Any] = {"bench": True}
+    if device is None and threads is not None:
+        changes["threads"] = threads
+    elif device is not None:
+        places = _places(device, threads, inventory)
     settings = load_recipe(None, {**stored.model_dump(exclude_none=True), **changes})
-    _conclude(_execute(settings, run_dir, Steps(verify=False, choose=False)), run_dir)
+    away = tuple(place for place in places if place != own)
+    steps = Steps(verify=False, choose=False, here=not places or own in places, places=away)
+    _conclude(_execute(settings, run_dir, steps), run_dir)
 
 
 @app.command()
@@ -391,6 +419,14 @@ def _asking_less(settings: Recipe) -> Recipe:
     assert settings.gate is not None, "the embedded recipe has a budget"
     left = tuple(name for name in settings.gate.require if name in settings.runtimes)
     return settings.model_copy(update={"gate": settings.gate.model_copy(update={"require": left})})
+
+
+def _places(
+    words_: list[str] | None, threads: int | None, inventory: Path | None
+) -> tuple[Place, ...]:
+    from pipeline.inventory import NOTHING, places_of, read_inventory
+
+    return places_of(words_ or (), threads, read_inventory(inventory) if inventory else NOTHING)
 
 
 def recipe_of(run_dir: Path) -> Recipe:

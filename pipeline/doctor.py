@@ -5,22 +5,30 @@ In: nothing. Out: facts on the host, every runtime and every device, and their t
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.errors import MissingRuntimeError
+from pipeline.errors import DeviceError, MissingRuntimeError
+from pipeline.inventory import NOTHING
 from pipeline.records import PROFILE_OF_ISA
 from pipeline.store import library_versions
-from targets.base import NotRun, devices, runtimes
+from targets.base import NotRun, device, devices, runtimes
 from targets.devices.local import host_isa
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from rich.console import Console
 
+    from pipeline.records import Place
     from targets.base import Device, Runtime
+
+AT_ONCE = 16
+"""Devices that are asked at the same time: most of it is waiting."""
 
 
 def examine() -> dict[str, Any]:
@@ -30,8 +38,15 @@ def examine() -> dict[str, Any]:
         "isa": isa,
         "profile": PROFILE_OF_ISA[isa],
         "runtimes": [_runtime(item) for item in runtimes().values()],
-        "devices": [_device(item) for item in devices().values()],
+        "devices": examine_devices(),
     }
+
+
+def examine_devices(inventory: Mapping[str, Place] = NOTHING) -> list[dict[str, Any]]:
+    """Look at every device that is found, and at those of an inventory, all at the same time."""
+    known = devices() | {name: device(place.device) for name, place in inventory.items()}
+    with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
+        return list(pool.map(_device, known, known.values()))
 
 
 def show(facts: dict[str, Any], console: Console) -> None:
@@ -49,9 +64,15 @@ def show(facts: dict[str, Any], console: Console) -> None:
         can = ["yes" if row[key] else "no" for key in ("can_export", "can_run")]
         table.add_row(row["runtime"], versions, *can, escape(row["do"]))
     console.print(table)
-    places = Table("device", "usable", "what it is")
-    for row in facts["devices"]:
-        places.add_row(row["device"], "yes" if row["usable"] else "no", escape(row["what"]))
+    show_devices(facts["devices"], console)
+
+
+def show_devices(facts: list[dict[str, Any]], console: Console) -> None:
+    """Print what `examine_devices` found as a table."""
+    places = Table("device", "usable", "kind", "what it is")
+    for row in facts:
+        usable = "yes" if row["usable"] else "no"
+        places.add_row(row["device"], usable, row.get("kind", ""), escape(row["what"]))
     console.print(places)
 
 
@@ -66,9 +87,12 @@ def _runtime(item: Runtime) -> dict[str, Any]:
     return {**row, "can_export": True, "can_run": cannot is None, "do": do}
 
 
-def _device(item: Device) -> dict[str, Any]:
-    info = item.probe()
+def _device(name: str, item: Device) -> dict[str, Any]:
+    try:
+        info = item.probe()
+    except DeviceError as error:
+        info = NotRun(reason=str(error))
     if isinstance(info, NotRun):
-        return {"device": item.name, "usable": False, "what": info.reason}
+        return {"device": name, "usable": False, "what": info.reason}
     what = f"{info.description}, {info.cores} cores, {' '.join(info.isa)}"
-    return {"device": item.name, "usable": True, "what": what, **asdict(info)}
+    return {**asdict(info), "device": name, "usable": True, "what": what}

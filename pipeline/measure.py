@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from calib.preprocess import spare_workers
 from pipeline import benchmark
-from pipeline.errors import ArtifactError, WorkerError
+from pipeline.errors import ArtifactError, DeviceError, WorkerError
 from pipeline.records import (
     Accuracy,
     Agreement,
@@ -24,7 +24,7 @@ from pipeline.records import (
     Latency,
     Preprocessing,
 )
-from pipeline.store import Stage, publish
+from pipeline.store import Stage, file_stem, publish
 from reports.document import FloatResult
 from targets import base
 from targets.devices.local import isa_flags
@@ -305,7 +305,7 @@ class Timing:
         self, info: base.DeviceInfo, target: base.Runtime, group: Sequence[Artifact]
     ) -> dict[str, Latency]:
         stage = Stage(
-            name=f"bench-{info.name}-{target.name}",
+            name=f"bench-{file_stem(info.name)}-{target.name}",
             modules=("pipeline.benchmark", type(self.device).__module__, type(target).__module__),
             inputs={f"{a.name}/{k}": v for a in group for k, v in a.files.items()},
             settings={"device": asdict(info), "threads": self.threads},
@@ -330,10 +330,10 @@ class Timing:
 
         try:
             folder = self.stages.do_here(stage, make)
-        except (WorkerError, ArtifactError) as error:
+        except (WorkerError, ArtifactError, DeviceError) as error:
             failed = Latency(device=info.name, outcome="failed", reason=str(error))
             return {a.name: failed for a in group}
-        kept = f"{SAMPLES}/{info.name}-{target.name}/{benchmark.SAMPLES}"
+        kept = f"{SAMPLES}/{file_stem(info.name)}-{target.name}/{benchmark.SAMPLES}"
         if self.kept:
             publish(folder, (self.stages.out / kept).parent, (benchmark.SAMPLES,))
         rows = benchmark.read_latencies(folder, info, threads=self.threads, samples_file=kept)

@@ -607,6 +607,49 @@ class Latency:
     after: DeviceState | None = None
 
 
+@_record
+class Place:
+    """A device that a run folder's artifacts are measured on, with this many threads."""
+
+    device: str
+    threads: PositiveInt = 1
+
+
+@_reported
+class Parity:
+    """An artifact's logits on a device, beside others of the same images.
+
+    Attributes:
+        device: Where the artifact ran.
+        runtime: Its runtime.
+        scheme: Its scheme.
+        outcome: Whether it did.
+        against: What it is held against: the same artifact on this host, or the reference on the
+            same integers.
+        n: Images.
+        top1_agreement: Share with the same class.
+        max_abs_logit_diff: Largest difference of a logit.
+        rms_logit_diff: Of all logits.
+        diff_over_error: That over what quantization does to the reference's logits; None of a float
+            artifact.
+        largest_flip_margin: Where classes differ, the largest lead that the other's class had.
+    """
+
+    device: str
+    runtime: str
+    scheme: Scheme
+    outcome: Literal["measured", "not_run", "failed"]
+    reason: str | None = None
+    kind: Kind | None = None
+    against: Literal["host", "reference"] | None = None
+    n: int | None = None
+    top1_agreement: Fraction | None = None
+    max_abs_logit_diff: float | None = None
+    rms_logit_diff: float | None = None
+    diff_over_error: float | None = None
+    largest_flip_margin: float | None = None
+
+
 @_reported
 class Agreement:
     """Two artifacts of equal scheme on the same images; not transitive, so every pair has a row.

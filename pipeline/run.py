@@ -26,6 +26,7 @@ from pipeline.distributed import ranks_here
 from pipeline.errors import ArtifactError, UsageError
 from pipeline.exports import ARTIFACTS, MODEL_FILES, Exports
 from pipeline.finetune import Course, Finetuner, require_trainable
+from pipeline.lab import PLACES, Lab, Outputs, kept_places
 from pipeline.layouts import LAYOUTS, kept_layouts
 from pipeline.locate import locate
 from pipeline.measure import Timing, Verification, time_saved
@@ -36,6 +37,8 @@ from pipeline.records import (
     Artifact,
     Checkpoint,
     Layout,
+    Parity,
+    Place,
     Preprocessing,
     QuantizedModel,
     Training,
@@ -69,7 +72,7 @@ EMBEDDED_RECIPE = Path(__file__).parent / "embedded" / "recipe.toml"
 RECIPE, MODEL = "recipe.json", "model"
 """Places in a run folder, beside artifacts/, stages/, logs/, samples/ and what `pipeline.conclude`
 writes."""
-PUBLISHED, LEFT = (MODEL, ARTIFACTS, PAGES), (REPORT, JUNIT, SUMMARY, LAYOUTS)
+PUBLISHED, LEFT = (MODEL, ARTIFACTS, PAGES), (REPORT, JUNIT, SUMMARY, LAYOUTS, PLACES)
 """Folders and files that another model takes the place of."""
 
 
@@ -78,6 +81,8 @@ class Steps:
     """How far a run goes; a step that is not asked still takes over what was finished before.
 
     `choose` chooses the runtimes' layouts; without it those of the last run that did are kept.
+    `places` are devices beside the recipe's own: there `bench` takes times and `verify` compares
+    the outputs of so many `images`; without `here` the recipe's own is left alone.
     `restart` throws an unfinished training away instead of going on from it; `beside` is a run
     folder that this one follows, whose finished stages count as well.
     """
@@ -86,6 +91,9 @@ class Steps:
     verify: bool = True
     bench: bool = True
     choose: bool = True
+    here: bool = True
+    places: tuple[Place, ...] = ()
+    images: int = 100
     restart: bool = False
     beside: Path | None = None
 
@@ -284,15 +292,21 @@ class _Run:
         integers: Path,
     ) -> Report:
         verification = Verification(
-            self.stages, loaded, model, self.preprocessing, asked=steps.verify
+            self.stages, loaded, model, self.preprocessing, asked=steps.verify and steps.here
         )
         verified = verification.run(artifacts, data)
         data = data.without(evaluation=verified.skipped)
         for images in (data.calibration, data.evaluation):
             if images is not None:
                 self.display.skipped(images.source)
-        timing = self._timing(model, asked=steps.bench and self.recipe.bench)
-        latencies = timing.run(artifacts)
+        timing = self._timing(model, asked=steps.bench and self.recipe.bench and steps.here)
+        lab = Lab(
+            self.stages,
+            self._places(steps),
+            asked=steps.places,
+            image_shape=self._image_shape(model),
+        )
+        own, away = timing.run(artifacts), lab.latencies(artifacts, asked=steps.bench)
         report = assemble.report(
             local=_this_machine(),
             distributions=[d for t in self.exports.targets for d in t.capabilities.distributions],
@@ -302,16 +316,19 @@ class _Run:
                 evaluation=data.evaluation.source if data.evaluation else None,
                 preprocessing=asdict(self.preprocessing),
             ),
-            float_result=verified.float_result,
             artifacts=[
-                assemble.artifact_row(artifact, accuracy, [latency])
-                for artifact, accuracy, latency in zip(
-                    artifacts, verified.accuracies, latencies, strict=True
+                assemble.artifact_row(artifact, accuracy, [latency, *others])
+                for artifact, accuracy, latency, others in zip(
+                    artifacts, verified.accuracies, own, away, strict=True
                 )
             ],
-            agreement=verified.agreement,
+            measured=assemble.Measured(
+                float_result=verified.float_result,
+                agreement=verified.agreement,
+                breakdowns=timing.breakdowns(artifacts, integers),
+                parity=self._parity(lab, artifacts, data, integers, steps),
+            ),
             chosen=chosen,
-            breakdowns=timing.breakdowns(artifacts, integers),
         )
         # What only exported has nothing to be judged by.
         budget = self.recipe.budget() if steps.verify or steps.bench else None
@@ -475,6 +492,29 @@ class _Run:
             asked=asked,
             kept=kept,
         )
+
+    def _places(self, steps: Steps) -> tuple[Place, ...]:
+        """Return where this folder's artifacts were or are to be measured, and keep it."""
+        kept = kept_places(self.out / PLACES)
+        places = tuple(dict.fromkeys((*kept, *steps.places)))
+        if places != kept:
+            write_atomic(self.out / PLACES, TypeAdapter(tuple[Place, ...]).dump_json(places))
+        return places
+
+    def _parity(
+        self, lab: Lab, artifacts: Sequence[Artifact], data: Data, integers: Path, steps: Steps
+    ) -> list[Parity]:
+        """Compare outputs on devices with this host's; nothing without images to evaluate on."""
+        if data.evaluation is None:
+            return []
+        outputs = Outputs(
+            evaluation=data.evaluation,
+            preprocessing=self.preprocessing,
+            images=steps.images,
+            exports=self.exports,
+            model=integers,
+        )
+        return lab.parities(artifacts, outputs, asked=steps.verify)
 
     def _publish(self, integers: Path) -> None:
         """Lay the model where a person looks, and take away what an earlier one left."""

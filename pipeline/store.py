@@ -16,6 +16,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import time
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 PACKAGES = ("pipeline", "calib", "targets", "reports")
+LONGEST_STEM = 80
 _PARTIAL, RECORD = ".partial-", "stage.json"
 
 
@@ -79,6 +81,11 @@ def sha256_code(module: str) -> str:
             # A package that is imported as such is discovered from: all of it counts.
             pending.extend(f"{name}.{child.stem}" for child in sorted(path.parent.glob("*.py")))
     return sha256_json(sources)
+
+
+def file_stem(name: str) -> str:
+    """Return a name as a file can be called everywhere."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:LONGEST_STEM]
 
 
 def imported_modules(source: str) -> set[str]:

@@ -10,7 +10,7 @@ import base64
 import itertools
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -19,7 +19,7 @@ from calib.images import select
 from calib.preprocess import batches, check_readable
 from pipeline import checkpoint
 from pipeline.distributed import group
-from pipeline.records import Accuracy, Agreement, Export, Preprocessing, Selection
+from pipeline.records import Accuracy, Agreement, Export, Parity, Preprocessing, Selection
 from pipeline.statistics import paired_difference_interval, sqnr_db
 from targets.base import run_padded, runtime
 
@@ -291,6 +291,45 @@ def agreement(
         diff_over_error=difference / least if least else None,
         placement_a=ours.placement,
         placement_b=theirs.placement,
+    )
+
+
+def parity(
+    export: Export,
+    logits: NDArray[np.float32],
+    other: NDArray[np.float32],
+    *,
+    error: NDArray[np.float32],
+    against: Literal["host", "reference"],
+) -> Parity:
+    """Hold an artifact's logits on a device against others of the same images, (n, classes) each.
+
+    Args:
+        export: What the artifact is.
+        logits: The device's.
+        other: What they are held against.
+        error: What quantization does to the reference's logits; all 0 of a float artifact.
+        against: Whose `other` is.
+
+    Returns:
+        The row, its device still to be named.
+    """
+    flipped = np.flatnonzero(logits.argmax(axis=1) != other.argmax(axis=1))
+    leads = np.sort(other[flipped], axis=1)
+    margin = leads[:, -1] - leads[:, -2] if other.shape[1] > 1 else leads[:, -1]
+    difference, lost = _rms(logits, other), _rms(error, np.zeros_like(error))
+    return Parity(
+        device="",
+        runtime=export.runtime,
+        scheme=export.scheme,
+        outcome="measured",
+        against=against,
+        n=len(logits),
+        top1_agreement=1 - len(flipped) / len(logits),
+        max_abs_logit_diff=float(np.abs(logits - other).max()),
+        rms_logit_diff=difference,
+        diff_over_error=difference / lost if lost else None,
+        largest_flip_margin=float(margin.max()) if len(flipped) else None,
     )
 
 

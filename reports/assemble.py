@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         Checkpoint,
         Latency,
         Layout,
+        Parity,
         QuantizedModel,
         Training,
         Tuning,
@@ -51,6 +52,16 @@ class Choices:
     tuning: Tuning | None = None
     training: Training | None = None
     layouts: tuple[Layout, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What was measured beside each artifact's own accuracy and latency."""
+
+    float_result: FloatResult
+    agreement: Sequence[Agreement]
+    breakdowns: Sequence[Breakdown]
+    parity: Sequence[Parity]
 
 
 def host(local: DeviceInfo, distributions: Sequence[str]) -> Host:
@@ -143,24 +154,23 @@ def report(
     distributions: Sequence[str],
     checkpoint: Model,
     data: Data,
-    float_result: FloatResult,
     artifacts: Sequence[ArtifactRow],
-    agreement: Sequence[Agreement],
+    measured: Measured,
     chosen: Choices,
-    breakdowns: Sequence[Breakdown],
 ) -> Report:
     """Put the document together; the gate is still not_run."""
     return Report(
         host=host(local, distributions),
         model=checkpoint,
         data=data,
-        float_result=float_result,
+        float_result=measured.float_result,
         artifacts=tuple(artifacts),
-        agreement=tuple(agreement),
+        agreement=tuple(measured.agreement),
         gate=Gate(outcome="not_run", checks=()),
         calibration=chosen.calibration,
         tuning=chosen.tuning,
         training=chosen.training,
         layouts=chosen.layouts,
-        breakdowns=tuple(breakdowns),
+        breakdowns=tuple(measured.breakdowns),
+        parity=tuple(measured.parity),
     )

@@ -20,6 +20,7 @@ from pipeline.records import (
     Fraction,
     Latency,
     Layout,
+    Parity,
     Profile,
     Proof,
     RangeMethod,
@@ -196,6 +197,9 @@ class Report(_Model):
     ] = ()
     breakdowns: Annotated[
         tuple[Breakdown, ...], Field(description="where the time of artifacts goes")
+    ] = ()
+    parity: Annotated[
+        tuple[Parity, ...], Field(description="outputs on devices, beside this host's")
     ] = ()
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import jinja2
 
 from pipeline.statistics import MINIMUM_SAMPLES
-from pipeline.store import write_atomic
+from pipeline.store import file_stem, write_atomic
 from reports import breakdowns, layouts, training, tuning
 from reports.charts import draw_charts, milliseconds
 from reports.culprits import MARGIN_DB, culprits, median_db, sentences, worst_first
@@ -25,10 +25,10 @@ from reports.pairs import pair_up, tell_apart
 from reports.sitechart import beyond, draw_sites
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
-    from pipeline.records import Latency, Training, Tuning
+    from pipeline.records import DeviceState, Latency, Training, Tuning
     from reports.document import ArtifactRow, Calibration, Report
 
 INDEX, CALIBRATION, PRECISION = "index.html", "calibration.html", "precision.html"
@@ -40,7 +40,8 @@ SMALLEST_SHARE = 1e-4
 """Written as it is; what is less is only said to be less."""
 
 _DASH = "—"
-_LONGEST_NAME = 80
+_SYMBOLS = 8
+"""Kernels that a device's page names."""
 _VERDICTS = {
     "pass": "Every check of the budget passes.",
     "fail": "The budget is not met.",
@@ -102,7 +103,7 @@ def file_names(devices: Iterable[str]) -> dict[str, str]:
     # Compared without case: some file systems know no difference.
     taken: set[str] = set()
     for device in devices:
-        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", device).strip(".-")[:_LONGEST_NAME] or "device"
+        stem = file_stem(device) or "device"
         name, number = stem, 1
         while name.lower() in taken:
             number += 1
@@ -251,18 +252,32 @@ def _training_page(report: Report, found: Training) -> str:
 
 
 def _device_page(report: Report, device: str, timings: tuple[Timing, ...]) -> str:
-    measured = [timing for timing in timings if timing.latency.outcome == "measured"]
+    done = [timing for timing in timings if timing.latency.outcome == "measured"]
+    measured = [timing for timing in done if timing.latency.instructions is None]
     waits = [timing for timing in measured if contention(timing.latency) is not None]
     page = _environment(markdown=True).get_template("device.md.j2")
     return page.render(
         report=report,
         device=device,
         measured=measured,
+        counted=[timing for timing in done if timing.latency.instructions is not None],
+        states=_states(done),
+        parity=[row for row in report.parity if row.device == device],
         missing=[timing for timing in timings if timing.latency.outcome != "measured"],
         waits=waits,
         detail=functools.partial(tell_apart, report.artifacts),
         limit=CONTENTION,
     )
+
+
+def _states(timings: Sequence[Timing]) -> list[tuple[str, str, DeviceState]]:
+    """Return how a device stood before and after each runtime's samples, where it tells."""
+    found: dict[tuple[str, str], DeviceState] = {}
+    for timing in timings:
+        for when, state in (("before", timing.latency.before), ("after", timing.latency.after)):
+            if state is not None:
+                found.setdefault((timing.row.runtime, when), state)
+    return [(runtime, when, state) for (runtime, when), state in found.items()]
 
 
 def _environment(*, markdown: bool = False) -> jinja2.Environment:
@@ -284,10 +299,12 @@ def _environment(*, markdown: bool = False) -> jinja2.Environment:
         "db": lambda value: _number(value, 1, 1, " dB"),
         "mb": lambda value: _number(value, 1e-6, 1, " MB"),
         "times": lambda value: _number(value, 1, 2, "×"),
+        "exponent": lambda value: _DASH if value is None else f"{value:.0e}",
         "plain": lambda value: _DASH if value is None else f"{value:.6g}",
         "share": share,
         "word": word,
         "human": _human,
+        "largest": lambda counts: sorted(counts.items(), key=lambda item: -item[1])[:_SYMBOLS],
         "count": lambda value: _DASH if value is None else f"{value:,}",
         "slot": slot_of,
         "contention": contention,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from pipeline.errors import MissingRuntimeError, UsageError
 from pipeline.placements import PLACEMENTS
@@ -243,6 +243,18 @@ class DeviceFamily(Protocol):
 
         Raises:
             UsageError: It is no address of this family.
+        """
+
+
+@runtime_checkable
+class NeedsSetup(Protocol):
+    """A family of devices that needs something built on this machine first."""
+
+    def setup(self, progress: Progress) -> str:
+        """Build what is missing; return a line on what stands there now.
+
+        Raises:
+            DeviceError: Something it needs is missing; the message says how to install it.
         """
 
 

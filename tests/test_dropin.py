@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -98,6 +99,65 @@ DEVICE = Toaster()
 """
 
 
+SHELF = """
+from dataclasses import dataclass
+
+import numpy as np
+
+from targets.base import DeviceInfo, Samples
+
+
+@dataclass
+class Board:
+    name: str
+
+    def probe(self):
+        return DeviceInfo(
+            name=self.name, kind="emulated", isa=("asimd",), description="a board", cores=1
+        )
+
+    def can_run(self, wanted):
+        return None
+
+    def measure(self, jobs, image, *, rounds, per_round, threads, progress):
+        counts = {"harness": 10, "float": 4000, "w8a8": 1000}
+        return [
+            Samples(
+                label=job.label,
+                wall_ms=(),
+                cpu_ms=(),
+                load_ms=None,
+                first_ms=None,
+                peak_memory_bytes=None,
+                versions={},
+                instructions=(counts[job.label], counts[job.label] + 2),
+                instruction_kinds={"dot_product": 5, "i8mm": 0},
+                symbols={"kernel": counts[job.label]},
+            )
+            for job in jobs
+        ]
+
+    def infer(self, job, images, *, batch, threads, progress):
+        # One image in four is taken for a nine, by far.
+        logits = np.eye(10, dtype=np.float32)[[3] * len(images)]
+        logits[::4] = 5 * np.eye(10)[9]
+        return logits
+
+
+class Shelf:
+    name = "shelf"
+
+    def found(self):
+        return ("upper", "lower")
+
+    def at(self, address):
+        return Board(f"shelf:{address}")
+
+
+DEVICES = Shelf()
+"""
+
+
 def test_one_file_each_goes_through_run(tmp_path: Path) -> None:
     tree = tmp_path / "tree"
     for package in PACKAGES:
@@ -109,20 +169,56 @@ def test_one_file_each_goes_through_run(tmp_path: Path) -> None:
     toaster.mkdir()
     (toaster / "__init__.py").touch()
     (toaster / "device.py").write_text(DEVICE)
+    (tree / "targets" / "devices" / "shelf.py").write_text(SHELF)
     out = tmp_path / "run"
-    command = [sys.executable, "-P", "-m", "pipeline.cli", "run", "--runtimes", "fake"]
-    command += ["--device", "toaster", "--eval-images", "40", "--out", str(out)]
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": str(tree)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+
+    def cli(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "pipeline.cli", *words],
+            env={**os.environ, "PYTHONPATH": str(tree)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    wanted = ("--runtimes", "fake", "--device", "toaster", "--eval-images", "40")
+    cli("run", *wanted, "--out", str(out))
     row = next(r for r in read_report(out).artifacts if r.scheme == "w8a8")
     assert row.runtime == "fake"
     assert row.accuracy.outcome == "measured"
     assert row.latency[0].device == "toaster"
     assert row.latency[0].speedup == 2.0
     assert (out / "pages" / "toaster.md").is_file()
+
+    facts = {row["device"]: row for row in json.loads(cli("devices", "--json"))}
+    assert facts["shelf:lower"]["usable"]
+    assert facts["shelf:lower"]["kind"] == "emulated"
+
+    # A device of a family joins the report; what was measured elsewhere stays in it.
+    (tmp_path / "lab.toml").write_text('[a]\ndevice = "shelf:upper"\n[b]\ndevice = "shelf:lower"\n')
+    cli("bench", str(out), "--device", "all", "--inventory", str(tmp_path / "lab.toml"))
+    row = next(r for r in read_report(out).artifacts if r.scheme == "w8a8")
+    assert [one.device for one in row.latency] == ["toaster", "shelf:upper", "shelf:lower"]
+    assert row.latency[0].speedup == 2.0
+    counted = row.latency[2]
+    assert (counted.instructions, counted.float_instructions) == (1001, 4001)
+    assert counted.instruction_ratio == 1001 / 4001
+    assert (counted.wall_p50_ms, counted.speedup, counted.n) == (None, None, 2)
+    page = (out / "pages" / "shelf-lower.md").read_text()
+    assert "0.25×" in page
+    assert "kernel 99.90 %" in page
+
+    cli("verify", str(out), "--device", "shelf:upper", "--images", "8")
+    report = read_report(out)
+    rows = {r.against: r for r in report.parity if r.scheme == "w8a8"}
+    assert {r.device for r in report.parity} == {"shelf:upper"}
+    # On this host the fake says 3 to everything, with a lead of one.
+    assert rows["host"].n == 8
+    assert rows["host"].top1_agreement == 0.75
+    assert rows["host"].max_abs_logit_diff == 5.0
+    assert rows["host"].largest_flip_margin == 1.0
+    assert rows["reference"].diff_over_error is not None
+    assert next(r for r in report.artifacts if r.scheme == "w8a8").latency[1:] == row.latency[1:]
+    assert "the same artifact on the host" in (out / "pages" / "shelf-upper.md").read_text()

@@ -40,13 +40,14 @@ LEVELS = (
         "pipeline.inspect",
         "pipeline.predict",
         "pipeline.doctor",
+        "pipeline.inventory",
     },
     {"pipeline.stages"},
     {"pipeline.conclude", "pipeline.measure", "pipeline.exports"},
-    {"pipeline.tune", "pipeline.finetune", "pipeline.autotune", "pipeline.layouts"},
+    {"pipeline.tune", "pipeline.finetune", "pipeline.autotune", "pipeline.layouts", "pipeline.lab"},
     {"pipeline.run"},
     {"pipeline.words", "pipeline.explain"},
-    {"pipeline.cli", "pipeline.cli_run"},
+    {"pipeline.cli", "pipeline.cli_run", "pipeline.cli_devices"},
 )
 """Each level imports from those before it and from itself."""
 
