@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ PROGRAM = Path(__file__).parents[2] / "benchmarks" / "gpu_reference.py"
 BENCH = Bench(
     device="cpu", clock=CpuClock(), input_size=32, layout="channels-last", rounds=10, turn_ms=1.0
 )
+NOTHING = torch.zeros(1)
 EAGER = Cell(2, "float32", "eager")
 
 
@@ -63,9 +65,7 @@ def test_networks_take_turns_and_are_compared_in_them() -> None:
     clock = Scripted()
     bench = replace(BENCH, clock=clock, turn_ms=8.0)
     ready = {
-        name: Prepared(
-            call=lambda ms=ms: torch.tensor(ms), logits=torch.zeros(1), first_s=0.0, capture_s=None
-        )
+        name: Prepared(call=partial(torch.tensor, ms), logits=NOTHING, first_s=0.0, capture_s=None)
         for name, ms in (("a", 2.0), ("b", 4.0))
     }
     turns = bench.turns(ready)
@@ -193,8 +193,10 @@ def run(*arguments: str, json_to: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-SHORT = ("--models", "convnext-zepto", "--batch", "1", "--precision", "float32", "--mode", "eager")
-SHORT += ("--input-size", "32", "--rounds", "10", "--turn-ms", "1")
+SHORT = (
+    *("--models", "convnext-zepto", "--batch", "1", "--precision", "float32", "--mode", "eager"),
+    *("--input-size", "32", "--rounds", "10", "--turn-ms", "1"),
+)
 
 
 @pytest.mark.parametrize("where", ["cuda", "cpu"])
