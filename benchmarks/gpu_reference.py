@@ -353,8 +353,7 @@ def _run(target: Path, options: Row) -> None:
         rounds=settings["rounds"],
         turn_ms=settings["turn_ms"],
     )
-    names = ("batch", "precision", "mode")
-    cells = [Cell(*each) for each in itertools.product(*(settings[name] for name in names))]
+    cells = [Cell(*each) for each in itertools.product(*(settings[k] for k in Cell._fields))]
     before, load, begin = gpu_facts(), os.getloadavg()[0], time.monotonic()
     rows, compared = measure(bench, networks, cells, Console(stderr=True))
     document: Row = {
