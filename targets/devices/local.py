@@ -7,6 +7,7 @@ processes take turns, so that a float and an int8 artifact see the same noise.
 from __future__ import annotations
 
 import os
+import pkgutil
 import platform
 import subprocess
 import sys
@@ -50,9 +51,15 @@ VNNI_FLAGS = frozenset({"avx512_vnni", "avx_vnni", "avx10_1"})
 
 
 class Local:
-    """The device `local`."""
+    """The device `local`; another that runs artifacts in this machine's processes refines it.
+
+    Attributes:
+        loader: `module:function` that loads an artifact in a worker process; it takes what
+            `load_artifact` takes.
+    """
 
     name = "local"
+    loader = f"{__name__}:load_artifact"
 
     def probe(self) -> DeviceInfo | NotRun:
         """Describe this machine."""
@@ -92,6 +99,7 @@ class Local:
                     path=str(job.path) if job.path else None,
                     image=str(folder / "image.npy"),
                     threads=threads,
+                    loader=self.loader,
                 ).value
                 for worker, job in zip(workers, jobs, strict=True)
             ]
@@ -135,6 +143,7 @@ class Local:
                     batch=batch,
                     threads=threads,
                     logits=str(folder / "logits.npy"),
+                    loader=self.loader,
                 )
             logits: Logits = np.load(folder / "logits.npy")
         return logits
@@ -144,8 +153,19 @@ _job: list[tuple[Session, Image]] = []
 """The one job of this worker process."""
 
 
+def load_artifact(name: str, path: Path, threads: int) -> Session:
+    """Load an artifact for this machine's CPU.
+
+    Args:
+        name: The runtime.
+        path: The artifact.
+        threads: For the runtime.
+    """
+    return runtime(name).load(path, threads)
+
+
 def load_job(
-    name: str, path: str | None, image: str, threads: int, progress: Progress
+    name: str, path: str | None, image: str, threads: int, loader: str, progress: Progress
 ) -> dict[str, Any]:
     """Load an artifact in a worker and run it for the first time, then warm it up.
 
@@ -154,6 +174,7 @@ def load_job(
         path: The artifact; None loads the null session, which does nothing.
         image: An .npy file with one input.
         threads: For the runtime.
+        loader: The device's.
         progress: Called once.
 
     Returns:
@@ -161,7 +182,7 @@ def load_job(
     """
     pixels = np.load(image)
     started = time.perf_counter()
-    session = _null_session if path is None else runtime(name).load(Path(path), threads)
+    session = _null_session if path is None else _loaded(loader, name, path, threads)
     load_ms = 1000 * (time.perf_counter() - started)
     started = time.perf_counter()
     session(pixels)
@@ -203,6 +224,7 @@ def infer_job(
     batch: int,
     threads: int,
     logits: str,
+    loader: str,
     progress: Progress,
 ) -> None:
     """Run images through an artifact in a worker.
@@ -214,14 +236,20 @@ def infer_job(
         batch: What the artifact takes.
         threads: For the runtime.
         logits: Takes the .npy file with float32 (N, classes).
+        loader: The device's.
         progress: Called per batch.
     """
-    pixels, session = np.load(images), runtime(name).load(Path(path), threads)
+    pixels, session = np.load(images), _loaded(loader, name, path, threads)
     found = []
     for start in range(0, len(pixels), batch):
         found.append(run_padded(session, pixels[start : start + batch], batch))
         progress(min(start + batch, len(pixels)), len(pixels))
     np.save(logits, np.concatenate(found))
+
+
+def _loaded(loader: str, name: str, path: str, threads: int) -> Session:
+    session: Session = pkgutil.resolve_name(loader)(name, Path(path), threads)
+    return session
 
 
 def _null_session(image: Image) -> Logits:

@@ -1,13 +1,17 @@
 """Reading ONNX files: without external data, into a session, and what their weights are.
 
-In: a path. Out: the file as onnx parses it, or a session of onnxruntime on the CPU.
+In: a path. Out: the file as onnx parses it, or a session of onnxruntime, on the CPU where no other
+provider is asked for.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ArtifactError
+from pipeline.store import library_versions
+from targets.base import INPUT_NAME, OUTPUT_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -15,8 +19,21 @@ if TYPE_CHECKING:
 
     import onnx
 
+    from targets.base import Image, Logits, Session
+
+    Provider = tuple[str, dict[str, str]]
+
 WEIGHT_INPUT = {"Conv": 1, "Gemm": 1, "MatMulInteger": 1}
 UNPACKING_OPS = ("Cast", "DequantizeLinear", "Mul")
+CPU = "CPUExecutionProvider"
+RECORD_PLACEMENT = "session.record_ep_graph_assignment_info"
+"""Versions of onnxruntime that do not know it ignore it."""
+
+
+def distribution() -> str:
+    """Return the name under which onnxruntime is installed: the one with CUDA has its own."""
+    installed = library_versions(("onnxruntime", "onnxruntime-gpu"))
+    return next((name for name, version in installed.items() if version), "onnxruntime")
 
 
 def load(path: Path) -> onnx.ModelProto:
@@ -60,13 +77,20 @@ def constants(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.Tens
 
 
 def session(
-    path: Path, *, threads: int, optimised: Path | None = None, profiled: Path | None = None
+    path: Path,
+    *,
+    threads: int,
+    provider: Provider = (CPU, {}),
+    optimised: Path | None = None,
+    profiled: Path | None = None,
 ) -> Any:
-    """Return a session on the CPU.
+    """Return a session of onnxruntime.
 
     Args:
         path: The file.
         threads: Of an inference.
+        provider: What computes, with its options. Onnxruntime takes the CPU where it cannot have
+            it, and for the operations that it lacks: `elsewhere` tells.
         optimised: Takes the graph that it really executes.
         profiled: The beginning of the name of the file that takes the time of every operation.
     """
@@ -81,7 +105,43 @@ def session(
     if profiled is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profiled)
-    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    if provider[0] != CPU:
+        options.add_session_config_entry(RECORD_PLACEMENT, "1")
+    return onnxruntime.InferenceSession(
+        str(path), options, providers=[provider], enable_fallback=False
+    )
+
+
+def elsewhere(running: Any, provider: str) -> dict[str, int]:
+    """Count the operations of a session that another provider than the one asked for computes.
+
+    Args:
+        running: As `session` gave it.
+        provider: What was asked for.
+
+    Returns:
+        Type to number; empty also where this onnxruntime does not tell.
+    """
+    if not hasattr(running, "get_provider_graph_assignment_info"):
+        return {}
+    return dict(
+        Counter(
+            node.op_type
+            for part in running.get_provider_graph_assignment_info()
+            if part.ep_name != provider
+            for node in part.get_nodes()
+        )
+    )
+
+
+def as_session(running: Any) -> Session:
+    """Return a session of onnxruntime on one of our artifacts as this project calls sessions."""
+
+    def run(image: Image) -> Logits:
+        logits: Logits = running.run([OUTPUT_NAME], {INPUT_NAME: image})[0]
+        return logits
+
+    return run
 
 
 def integer_weights(model: onnx.ModelProto) -> int:

@@ -40,7 +40,13 @@ from targets.base import (
     require_installed,
 )
 from targets.runtimes._counts import computing_layers
-from targets.runtimes._onnx_file import integer_weights, load, session
+from targets.runtimes._onnx_file import (
+    as_session,
+    distribution,
+    integer_weights,
+    load,
+    session,
+)
 from targets.runtimes._op_kinds import WARM_UP, kind_of
 
 if TYPE_CHECKING:
@@ -50,7 +56,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.records import OpKind
-    from targets.base import Image, Logits, Session
+    from targets.base import Image, Session
 
 OPSET, IR_VERSION = 20, 9
 LINEAR, CONVOLUTION = "channels-last linear", "1x1 convolution"
@@ -78,7 +84,7 @@ class OnnxRuntime:
         suffix=".onnx",
         layout="NCHW",
         extra="onnx",
-        distributions=("onnx", "onnxruntime"),
+        distributions=("onnx", distribution()),
         schemes=("float", "w8a8", "w4a8", "w8a8-dynamic", "w8"),
         graph_forms=(LINEAR, CONVOLUTION),
         # A QLinearConv writes integers.
@@ -131,13 +137,7 @@ class OnnxRuntime:
     def load(self, path: Path, threads: int) -> Session:
         """Return a session on the CPU provider."""
         load(path)  # refuses a damaged file and external data outside its folder
-        running = session(path, threads=threads)
-
-        def run(image: Image) -> Logits:
-            logits: Logits = running.run([OUTPUT_NAME], {INPUT_NAME: image})[0]
-            return logits
-
-        return run
+        return as_session(session(path, threads=threads))
 
     def op_times(
         self, path: Path, image: Image, *, threads: int, inferences: int
