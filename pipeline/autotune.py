@@ -18,17 +18,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from pipeline.benchmark import noise_image
-from pipeline.errors import ArtifactError, WorkerError
+from pipeline.errors import ArtifactError, DeviceError, WorkerError
 from pipeline.placements import PLACEMENTS
 from pipeline.records import ACTIVATION_BITS, Candidate, Export, Layout
 from pipeline.statistics import percentile, ratio_interval
-from pipeline.store import Stage, library_versions
+from pipeline.store import Stage, file_stem, library_versions
 from targets import base
 from targets.devices.local import isa_of
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from targets.base import Capabilities, Device, DeviceInfo, Runtime, Samples
 
 Effort = Literal["off", "quick", "full"]
-Clock = Literal["cpu", "wall"]
+Clock = Literal["cpu", "wall", "instructions"]
 
 ROUNDS: dict[Effort, int] = {"quick": 6, "full": 12}
 """Of the first heat; the next has twice as many for half the candidates."""
@@ -66,6 +66,7 @@ class Conditions:
         image_shape: NCHW of one input.
         effort: How many candidates and rounds.
         asked: Whether to measure what is missing, or only to take over what was measured before.
+        counts: Whether the device counts instructions, and takes no times.
     """
 
     device: Device
@@ -76,6 +77,7 @@ class Conditions:
     image_shape: tuple[int, int, int, int]
     effort: Effort
     asked: bool
+    counts: bool = False
 
     @property
     def per_round(self) -> int:
@@ -85,7 +87,9 @@ class Conditions:
 
     @property
     def clock(self) -> Clock:
-        """By which time candidates are ranked: CPU time says nothing of several threads."""
+        """By what candidates are ranked: CPU time says nothing of several threads."""
+        if self.counts:
+            return "instructions"
         return "cpu" if self.threads == 1 else "wall"
 
 
@@ -143,7 +147,7 @@ class Autotuner:
 
         try:
             folder = self.stages.do_here(stage, make)
-        except (WorkerError, ArtifactError) as error:
+        except (WorkerError, ArtifactError, DeviceError) as error:
             return self.exports.default_layout(target, f"measuring failed: {error}")
         found = _CANDIDATES.validate_json((folder / MEASURED).read_bytes())
         return self._chosen(target, model, info, found)
@@ -162,7 +166,7 @@ class Autotuner:
 
     def _stage(self, target: Runtime, info: DeviceInfo, wanted: Sequence[Export]) -> Stage:
         return Stage(
-            name=f"tune-{info.name}-{target.name}",
+            name=f"tune-{file_stem(info.name)}-{target.name}",
             modules=(
                 "pipeline.autotune",
                 "targets.export",
@@ -247,8 +251,8 @@ class Autotuner:
             raw.append(samples)
             found |= _timed(left, samples, self.given, heat=len(raw) - 1)
             stay = faster_half([found[export] for export in left], self.given.clock)
-            if len(stay) == len(left):
-                return raw
+            if self.given.counts or len(stay) == len(left):
+                return raw  # counts repeat: another heat would say the same
             left = [export for export in left if found[export] in stay]
             rounds *= 2
         return raw
@@ -268,7 +272,7 @@ class Autotuner:
             one = found[index]
             ratio, (low, high) = _ratio(one, self.given.clock)
             took = f"{ratio:.2f} ({low:.2f} to {high:.2f}) of the best float one's"
-            took += f" {self.given.clock} time"
+            took += " instructions" if self.given.counts else f" {self.given.clock} time"
             if high > 1:
                 slower = slower or f"{one.placement} in form {one.graph_form} takes {took}"
                 continue
@@ -374,18 +378,26 @@ def in_order(found: Sequence[Candidate], clock: Clock) -> list[int]:
     measured = [
         index
         for index, one in enumerate(found)
-        if one.scheme != "float" and (one.cpu_ratio if clock == "cpu" else one.wall_ratio)
+        if one.scheme != "float" and _figures(one, clock)[1]
     ]
     return sorted(measured, key=lambda index: _rank(found[index], clock))
 
 
+def _figures(
+    one: Candidate, clock: Clock
+) -> tuple[float | None, float | None, tuple[float, float] | None]:
+    """Return what a candidate took, that over the best float one of its heat, and its interval."""
+    match clock:
+        case "cpu":
+            return one.cpu_p50_ms, one.cpu_ratio, one.cpu_ratio_ci95
+        case "wall":
+            return one.wall_p50_ms, one.wall_ratio, one.wall_ratio_ci95
+        case "instructions":
+            return one.instructions, one.instruction_ratio, one.instruction_ratio_ends
+
+
 def _ratio(one: Candidate, clock: Clock) -> tuple[float, tuple[float, float]]:
-    """Return a candidate's time over that of the best float one of its heat, with its interval."""
-    ratio, ends = (
-        (one.cpu_ratio, one.cpu_ratio_ci95)
-        if clock == "cpu"
-        else (one.wall_ratio, one.wall_ratio_ci95)
-    )
+    _, ratio, ends = _figures(one, clock)
     assert ratio is not None, "in_order gives those that were measured"
     assert ends is not None
     return ratio, ends
@@ -396,7 +408,7 @@ def _rank(one: Candidate, clock: Clock) -> tuple[int, float]:
 
 
 def _time(one: Candidate, clock: Clock) -> float:
-    found = one.cpu_p50_ms if clock == "cpu" else one.wall_p50_ms
+    found, _, _ = _figures(one, clock)
     return np.inf if found is None else found
 
 
@@ -417,7 +429,8 @@ def _timed(
     floats = [s for e, s in zip(exports, samples, strict=True) if e.scheme == "float"]
 
     def median(of: Samples) -> float:
-        return float(np.median(of.cpu_ms if given.clock == "cpu" else of.wall_ms))
+        raw = {"cpu": of.cpu_ms, "wall": of.wall_ms, "instructions": of.instructions}
+        return float(np.median(raw[given.clock]))
 
     best = min(floats, key=median, default=None)
     found = {}
@@ -430,12 +443,27 @@ def _timed(
             graph_form=export.graph_form,
             outcome="measured",
             heat=heat,
-            samples=len(item.wall_ms),
+            samples=len(item.wall_ms) or len(item.instructions),
             wall_p50_ms=percentile(item.wall_ms, 50),
             cpu_p50_ms=percentile(item.cpu_ms, 50),
             wall_ratio=wall[0] if wall else None,
             wall_ratio_ci95=wall[1:] if wall else None,
             cpu_ratio=cpu[0] if cpu else None,
             cpu_ratio_ci95=cpu[1:] if cpu else None,
+            **_counted(item.instructions, best.instructions if best else ()),
         )
     return found
+
+
+def _counted(ours: Sequence[int], best: Sequence[int]) -> dict[str, Any]:
+    """Return the fields of a candidate that counts make; none where there are none."""
+    if not ours:
+        return {}
+    count = int(np.median(ours))
+    if not best:
+        return {"instructions": count}
+    return {
+        "instructions": count,
+        "instruction_ratio": count / float(np.median(best)),
+        "instruction_ratio_ends": (min(ours) / max(best), max(ours) / min(best)),
+    }

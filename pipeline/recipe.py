@@ -57,6 +57,7 @@ class BaselineBudget(_Strict):
     max_drop_pp: Percent | None = None
     max_latency_ratio: Ratio | None = None
     max_size_ratio: Ratio | None = None
+    max_instruction_ratio: Ratio | None = None
 
 
 class Budget(_Strict):
@@ -69,6 +70,8 @@ class Budget(_Strict):
         min_agreement_across_profiles: The same for two runtimes of different profiles.
         max_latency_ratio: Largest int8 / float latency of one runtime, by `clock`.
         max_size_ratio: Largest int8 / float size of one runtime's artifacts.
+        max_instruction_ratio: Largest int8 / float count of instructions, where they are counted.
+        min_device_agreement: Smallest share of images on which a device gives the host's class.
         faster_than_float: Whether integers that are slower than float fail.
         max_transposes_per_block: Changes of layout that the runtime executes.
         max_quantize_ops_per_block: Quantize and dequantize operations of their own.
@@ -83,6 +86,8 @@ class Budget(_Strict):
     min_agreement_across_profiles: Share | None = None
     max_latency_ratio: Ratio | None = None
     max_size_ratio: Ratio | None = None
+    max_instruction_ratio: Ratio | None = None
+    min_device_agreement: Share | None = None
     faster_than_float: bool = False
     max_transposes_per_block: Count | None = None
     max_quantize_ops_per_block: Count | None = None

@@ -886,7 +886,8 @@ class Candidate:
         outcome: `failed` where it could not be exported.
         heat: The last one it took part in, from 0; after each the slower half leaves.
         samples: Inferences timed in that heat.
-        cpu_ratio: Of the medians, over the best float candidate's of the same heat; as wall_ratio.
+        cpu_ratio: Of the medians, over the best float candidate's of the same heat; as wall_ratio
+            and instruction_ratio, whose ends are those of the least and the largest counts.
         accuracy: On the evaluation images, where that decided.
     """
 
@@ -903,6 +904,9 @@ class Candidate:
     wall_ratio_ci95: tuple[float, float] | None = None
     cpu_ratio: float | None = None
     cpu_ratio_ci95: tuple[float, float] | None = None
+    instructions: int | None = None
+    instruction_ratio: float | None = None
+    instruction_ratio_ends: tuple[float, float] | None = None
     accuracy: Accuracy | None = None
 
 
@@ -914,7 +918,7 @@ class Layout:
         source: `measured` on `device`, or a `default` of the ISA, which `reason` explains.
         isa: What the artifacts are made for.
         versions: Of the runtime's packages: a choice holds for these.
-        clock: By which time candidates were ranked.
+        clock: By which time, or count, candidates were ranked.
         candidates: All that were measured, those that stayed longest first.
         scheme: Of the artifact that is shipped: `float` where integers are not shown to be faster.
         placement: Of the quantized artifact; None where there is none.
@@ -930,7 +934,7 @@ class Layout:
     threads: int | None = None
     input_size: int | None = None
     versions: dict[str, str] | None = None
-    clock: Literal["cpu", "wall"] | None = None
+    clock: Literal["cpu", "wall", "instructions"] | None = None
     candidates: tuple[Candidate, ...] = ()
     scheme: Scheme
     placement: str | None

@@ -462,8 +462,10 @@ class _Run:
             return kept_layouts(self.exports, self.out / LAYOUTS)
         budget = self.recipe.budget()
         limit = budget.max_drop_pp if budget is not None else None
+        info = self.device.probe()
         given = Conditions(
             device=self.device,
+            counts=isinstance(info, base.DeviceInfo) and info.kind == "emulated",
             threads=self.recipe.threads,
             architecture=model.architecture,
             macs=loaded.value["macs"],

@@ -18,6 +18,7 @@ from pipeline.statistics import (
     paired_difference_interval,
     proportion_interval,
 )
+from reports import device_checks
 from reports.document import Check, CheckOutcome, Gate, Report
 from reports.layouts import ships_float
 
@@ -64,6 +65,16 @@ def judge(report: Report, budget: Budget, baseline: Report | None = None) -> Gat
             for check in _answered(
                 name, getattr(budget, name), partial(_counts, report, name, read)
             )
+        ),
+        *_answered(
+            "max_instruction_ratio",
+            budget.max_instruction_ratio,
+            partial(device_checks.instruction_ratios, report),
+        ),
+        *_answered(
+            "min_device_agreement",
+            budget.min_device_agreement,
+            partial(device_checks.parities, report),
         ),
         *_agreements(report, budget),
         *_against_baseline(report, budget.baseline, baseline, budget.clock),
@@ -148,7 +159,7 @@ def _sizes(report: Report, limit: float) -> Iterator[Check]:
 def _latencies(report: Report, clock: str, limit: float) -> Iterator[Check]:
     yield from _of_float(report, "latency", 1.0, limit)
     for row in _quantized(report):
-        for latency in row.latency:
+        for latency in _times(row):
             name = f"{row.runtime} {row.scheme} latency on {latency.device}"
             yield _latency(name, latency, limit, clock)
 
@@ -157,9 +168,14 @@ def _faster(report: Report, clock: str, limit: float) -> Iterator[Check]:
     """Ask whether what is shipped in integers is faster than float: nothing slower is."""
     yield from _of_float(report, "is no slower than float", 1.0, limit)
     for row in _quantized(report):
-        for latency in row.latency:
+        for latency in _times(row):
             name = f"{row.runtime} {row.scheme} is no slower than float on {latency.device}"
             yield _latency(name, latency, limit, clock)
+
+
+def _times(row: ArtifactRow) -> list[Latency]:
+    """Return the latencies of an artifact that are, or were to be, times."""
+    return [latency for latency in row.latency if not device_checks.is_counted(latency)]
 
 
 def _float_shipped(report: Report) -> dict[str, str]:
@@ -305,7 +321,12 @@ def _more(interval: Callable[[int], tuple[float, float]], n: int, limit: float) 
 def _against_baseline(
     report: Report, budget: BaselineBudget, baseline: Report | None, clock: str
 ) -> Iterator[Check]:
-    asked = [budget.max_drop_pp, budget.max_latency_ratio, budget.max_size_ratio]
+    asked = [
+        budget.max_drop_pp,
+        budget.max_latency_ratio,
+        budget.max_size_ratio,
+        budget.max_instruction_ratio,
+    ]
     if all(limit is None for limit in asked):
         return
     if baseline is None:
@@ -328,19 +349,28 @@ def _against_baseline(
             yield _baseline_drop(f"{label}: drop", row, base, budget.max_drop_pp, same=same)
         if budget.max_size_ratio is not None:
             yield _size(f"{label}: size", row, base, budget.max_size_ratio, "the baseline")
+        if budget.max_instruction_ratio is not None:
+            yield from device_checks.instruction_growth(
+                label, row, base, budget.max_instruction_ratio
+            )
         if budget.max_latency_ratio is not None:
-            name, limit = f"{label}: latency", budget.max_latency_ratio
-            forms = {
-                one.graph_form
-                for one in (before.get((row.runtime, "float")), _float_of(report, row.runtime))
-                if one is not None
-            }
-            if report.host.cpu != baseline.host.cpu or row.profile != base.profile:
-                yield _open(name, limit, "the baseline was measured on another CPU or profile")
-            elif len(forms) > 1:
-                yield _open(name, limit, "the baseline's float artifact has another graph form")
-            else:
-                yield _baseline_latency(name, row, base, limit, clock)
+            limit, name = budget.max_latency_ratio, f"{label}: latency"
+            why = _incomparable(report, baseline, row, base)
+            yield (
+                _open(name, limit, why) if why else _baseline_latency(name, row, base, limit, clock)
+            )
+
+
+def _incomparable(
+    report: Report, baseline: Report, row: ArtifactRow, base: ArtifactRow
+) -> str | None:
+    """Say why two artifacts' int8 / float ratios cannot be held against each other."""
+    if report.host.cpu != baseline.host.cpu or row.profile != base.profile:
+        return "the baseline was measured on another CPU or profile"
+    floats = (_float_of(baseline, row.runtime), _float_of(report, row.runtime))
+    if len({one.graph_form for one in floats if one is not None}) > 1:
+        return "the baseline's float artifact has another graph form"
+    return None
 
 
 def _float_of(report: Report, runtime: str) -> ArtifactRow | None:
@@ -401,8 +431,8 @@ def _baseline_latency(
         )
         value = ratio / ratio_before
         return Check(name=name, outcome=outcome, value=value, limit=limit, why=why)
-    unmeasured = [latency for latency in row.latency if latency.outcome != "measured"]
-    if unmeasured and len(unmeasured) == len(row.latency):
+    unmeasured = [latency for latency in _times(row) if latency.outcome != "measured"]
+    if unmeasured and len(unmeasured) == len(_times(row)):
         return _unmeasured(name, limit, unmeasured[0])
     return _open(name, limit, "the baseline has no latency on this device: accept a new one")
 

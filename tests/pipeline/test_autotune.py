@@ -81,7 +81,9 @@ class Stopwatch:
         raise AssertionError(f"{job.label} was to be timed, not run")
 
 
-def conditions(device: base.Device, effort: Effort = "quick", threads: int = 1) -> Conditions:
+def conditions(
+    device: base.Device, effort: Effort = "quick", threads: int = 1, *, counts: bool = False
+) -> Conditions:
     return Conditions(
         device=device,
         threads=threads,
@@ -91,6 +93,7 @@ def conditions(device: base.Device, effort: Effort = "quick", threads: int = 1) 
         image_shape=(1, 3, 32, 32),
         effort=effort,
         asked=True,
+        counts=counts,
     )
 
 
@@ -143,8 +146,8 @@ def tuner(device: base.Device, **how: Any) -> Autotuner:
     )
 
 
-def measured(times: Sequence[float], n_floats: int) -> tuple[list[Candidate], Stopwatch]:
-    wanted = [
+def exports(n: int, n_floats: int) -> list[Export]:
+    return [
         Export(
             runtime="openvino",
             scheme="float" if index < n_floats else "w8a8",
@@ -153,8 +156,12 @@ def measured(times: Sequence[float], n_floats: int) -> tuple[list[Candidate], St
             gelu="erf",
             profile=None,
         )
-        for index in range(len(times))
+        for index in range(n)
     ]
+
+
+def measured(times: Sequence[float], n_floats: int) -> tuple[list[Candidate], Stopwatch]:
+    wanted = exports(len(times), n_floats)
     paths = {one: Path(one.placement) for one in wanted}
     device = Stopwatch({one.placement: time for one, time in zip(wanted, times, strict=True)})
     found: dict[Export, Candidate] = {}
@@ -188,6 +195,30 @@ def test_a_later_heat_is_longer() -> None:
     found, device = measured([1.0, 2.0, 3.0, 4.0, 5.0], 1)
     assert [len(heat) for heat in device.heats] == [5, 3, 2]
     assert [one.samples for one in found] == [72, 72, 36, 18, 18]
+
+
+def test_counts_need_one_heat_and_rank_as_times_do() -> None:
+    counts = {"0": 100, "1": 90, "2": 50, "3": 60, "4": 30}
+
+    class Counter(Stopwatch):
+        def measure(self, jobs: Sequence[Job], image: Any, **how: Any) -> list[Samples]:
+            return [
+                replace(one, wall_ms=(), cpu_ms=(), instructions=(counts[job.path.name],) * 3)
+                for one, job in zip(super().measure(jobs, image, **how), jobs, strict=True)
+                if job.path is not None
+            ]
+
+    wanted = exports(len(counts), 2)
+    found: dict[Export, Candidate] = {}
+    device = Counter(dict.fromkeys(counts, 1.0))
+    tuner(device, counts=True)._heats({one: Path(one.placement) for one in wanted}, found, silent)
+    assert len(device.heats) == 1
+    ranked = [found[one] for one in wanted]
+    assert [ranked[i].placement for i in in_order(ranked, "instructions")] == ["4", "2", "3"]
+    best = ranked[4]
+    assert (best.instructions, best.samples, best.cpu_p50_ms) == (30, 3, None)
+    assert best.instruction_ratio == 30 / 90
+    assert best.instruction_ratio_ends == (30 / 90, 30 / 90)
 
 
 def test_half_of_each_kind_stays_and_at_least_one() -> None:

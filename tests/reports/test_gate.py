@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from pipeline.recipe import BaselineBudget, Budget
-from pipeline.records import Accuracy, Agreement, Candidate, Latency, Layout, Profile, Proof, Scheme
+from pipeline.records import (
+    Accuracy,
+    Agreement,
+    Candidate,
+    Latency,
+    Layout,
+    Parity,
+    Profile,
+    Proof,
+    Scheme,
+)
 from reports.document import (
     ArtifactRow,
     Check,
@@ -374,6 +384,63 @@ def test_latency_of_another_device_is_open() -> None:
     budget = Budget(baseline=BaselineBudget(max_latency_ratio=1.2))
     before = _report(_row(latency=(_latency(0.5, device="phone"),)))
     assert _only(_report(_row()), budget, before).outcome == "inconclusive"
+
+
+# --- devices that count, and what artifacts compute there -----------------------------------------
+
+
+def _counted(count: int, ratio: float = 0.4, device: str = "emulated-arm64:pi5") -> Latency:
+    return Latency(
+        device=device, outcome="measured", kind="emulated", n=3, instructions=count,
+        float_instructions=round(count / ratio), instruction_ratio=ratio,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("limit", "outcome"), [(0.45, "pass"), (0.4, "pass"), (0.39, "fail")])
+def test_counted_instructions_need_no_interval(limit: float, outcome: str) -> None:
+    row = _row(latency=(_latency(0.5), _counted(400)))
+    check = _only(_report(row), Budget(max_instruction_ratio=limit))
+    assert (check.outcome, check.value) == (outcome, 0.4)
+    assert "400 instructions, float 1000" in check.why
+
+
+@pytest.mark.parametrize(("count", "outcome"), [(990, "pass"), (1010, "pass"), (1011, "fail")])
+def test_instructions_may_grow_by_one_per_cent(count: int, outcome: str) -> None:
+    budget = Budget(baseline=BaselineBudget(max_instruction_ratio=1.01))
+    before = _report(_row(latency=(_counted(1000),)))
+    check = _only(_report(_row(latency=(_counted(count),))), budget, before)
+    assert (check.outcome, check.value) == (outcome, count / 1000)
+
+
+def test_counts_of_another_device_are_open() -> None:
+    budget = Budget(baseline=BaselineBudget(max_instruction_ratio=1.01))
+    before = _report(_row(latency=(_counted(1000, device="emulated-arm64:pi4"),)))
+    now = _report(_row(latency=(_counted(1000),)))
+    assert _only(now, budget, before).outcome == "inconclusive"
+
+
+def test_a_count_that_failed_fails_and_counts_are_no_times() -> None:
+    failed = Latency(device="emulated-arm64:pi5", outcome="failed", kind="emulated", reason="crash")
+    budget = Budget(max_instruction_ratio=0.5)
+    assert _only(_report(_row(latency=(failed,))), budget).outcome == "fail"
+    times = judge(
+        _report(_row(latency=(_latency(0.5), _counted(400)))), Budget(max_latency_ratio=1)
+    )
+    assert [check.name for check in times.checks] == ["onnx w8a8 latency on local"]
+    nothing = _only(_report(_row()), Budget(max_instruction_ratio=0.5))
+    assert nothing.outcome == "inconclusive"
+
+
+@pytest.mark.parametrize(("share", "outcome"), [(1.0, "pass"), (0.98, "fail")])
+def test_a_device_gives_the_classes_of_the_host(share: float, outcome: str) -> None:
+    found = Parity(
+        device="emulated-arm64:pi5", runtime="tflite", scheme="w8a8", outcome="measured",
+        kind="emulated", against="host", n=100, top1_agreement=share, max_abs_logit_diff=0.02,
+        largest_flip_margin=None if share == 1 else 0.01,
+    )  # fmt: skip
+    report = _report(_row()).model_copy(update={"parity": (found,)})
+    check = _only(report, Budget(min_device_agreement=0.99))
+    assert (check.outcome, check.value) == (outcome, share)
 
 
 def test_junit_and_markdown_carry_every_check() -> None:
