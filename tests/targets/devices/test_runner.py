@@ -58,7 +58,7 @@ def run(folder: Path, task: dict[str, Any], **environment: str) -> tuple[dict[st
 def test_it_is_one_file_for_an_old_python() -> None:
     tree = ast.parse(RUNNER.read_text(), feature_version=(3, 9))
     imported = {
-        (node.module if isinstance(node, ast.ImportFrom) else alias.name).split(".")[0]
+        ((isinstance(node, ast.ImportFrom) and node.module) or alias.name).split(".")[0]
         for node in ast.walk(tree)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
