@@ -50,6 +50,8 @@ LEAST_KB = 64
 """Where less is free, what failed failed for want of room."""
 KEPT_DAYS = 7
 """That a pushed file stays on a device after its last use."""
+_OURS = '[ "/proc/$p/cwd" -ef {place} ]'
+"""Whether a process still runs, and is not another one that got its number after a restart."""
 SLOWEST_LINK = 50_000
 """Bytes per second."""
 MODULES = {
@@ -201,21 +203,28 @@ class Remote:
         """Run a task there, leave what it wrote in `folder`, and remove its traces."""
         run = self.root / "runs" / f"{int(time.time())}-{secrets.token_hex(4)}"
         mine = {RUNNER: exchange.RUNNER, exchange.JOBS: task.write(folder)}
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.transport.close)
             self._prepare(run)
+            stack.callback(self._clear, run)
             self._bring({**mine, **task.files}, run)
             self._start(run)
             self._wait(run, progress)
             for name in (exchange.RESULT, *task.outputs):
                 self._fetch(run / name, folder / name)
-        except LostLinkError as error:
-            raise DeviceError(error.got, allowed=error.allowed, do=error.do) from error
-        finally:
-            # Ctrl-C comes here too. What a device out of reach keeps, its next run removes.
-            with contextlib.suppress(DeviceError):
-                self.transport.run(_clearing(run), timeout=self.patience.command)
-            self.transport.close()
         return exchange.read_result((folder / exchange.RESULT).read_bytes(), task, self.name)
+
+    def _clear(self, run: PurePosixPath) -> None:
+        """End a run, whatever it is doing, and remove its folder: Ctrl-C comes here too."""
+        place = _quoted(run)
+        # What a device out of reach keeps, a later run removes.
+        with contextlib.suppress(DeviceError):
+            # A kill that is no built-in may take -1234 for -1, every process; not behind `--`.
+            self.transport.run(
+                f"p=$(cat {place}/pid 2>/dev/null); if {_OURS.format(place=place)};"
+                f' then kill -s KILL -- "-$p" || kill -s KILL "$p"; fi; rm -rf {place}',
+                timeout=self.patience.command,
+            )
 
     def _prepare(self, run: PurePosixPath) -> None:
         """Make the folders, and remove what was left long ago."""
@@ -285,7 +294,7 @@ class Remote:
             said = self._do(
                 "look at the runner",
                 f"cd {_quoted(run)} || exit 1; "
-                'alive=$(grep -q "^State:.[^ZX]" "/proc/$(cat pid)/status" && echo y); '
+                f"p=$(cat pid); alive=$({_OURS.format(place='.')} && echo y); "
                 'echo "progress $(tail -n 1 progress 2>/dev/null)"; '
                 'echo "code $(cat code 2>/dev/null)"; echo "alive $alive"',
             )
@@ -315,7 +324,7 @@ class Remote:
         if any(words in log for words in NO_ROOM) or (room and int(room[1]) < LEAST_KB):
             return self._full()
         if code == str(NOT_FOUND):
-            return exchange.lacks(self.name, self.python)
+            return exchange.lacks(self.name, "Python 3")
         words = (log.strip().splitlines() or ["its log is empty"])[-1]
         ended = f"ended with exit code {code}" if code else "was killed, or the device restarted"
         return DeviceError(
@@ -372,16 +381,6 @@ class Remote:
 def _folder() -> Iterator[Path]:
     with TemporaryDirectory(prefix="convnext-edge-") as name:
         yield Path(name)
-
-
-def _clearing(run: PurePosixPath) -> str:
-    """Return the command that ends a run, whatever it is doing, and removes its folder."""
-    place = _quoted(run)
-    # A kill that is no built-in may take -1234 for -1, which is every process; not behind `--`.
-    return (
-        f'p=$(cat {place}/pid 2>/dev/null); if [ "${{p:-0}}" -gt 1 ] && [ ! -s {place}/code ];'
-        f' then kill -s KILL -- "-$p" || kill -s KILL "$p"; fi; rm -rf {place}'
-    )
 
 
 def _tell(line: str, progress: Progress) -> None:

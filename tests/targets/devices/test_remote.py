@@ -320,7 +320,7 @@ def test_python_that_is_missing_is_said(shell: Shell) -> None:
     remote = Remote(shell, root=ROOT, python="python3.0", patience=QUICK)
     found = remote.probe()
     assert isinstance(found, NotRun)
-    assert "has no python3.0" in found.reason
+    assert "has no Python 3" in found.reason
 
 
 @pytest.mark.parametrize(("package", "runtime"), [("numpy", "onnx"), ("onnxruntime", "onnx")])
