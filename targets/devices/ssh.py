@@ -52,7 +52,7 @@ UNCHECKED = ("no", "off", "false")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Meaning:
-    """What some words of the client mean; `{name}`, `{host}` and `{said}` are filled in."""
+    """What some words of the client mean; `{name}` and `{said}` are filled in."""
 
     words: tuple[str, ...]
     got: str
@@ -65,7 +65,7 @@ MEANINGS = (
         words=("REMOTE HOST IDENTIFICATION HAS CHANGED",),
         got="{name}: the host's key has changed, or another machine answers",
         allowed="the key in known_hosts",
-        do="If the board was set up anew, forget the old key: ssh-keygen -R {host}",
+        do="If the board was set up anew, log in by hand: ssh says which known key to remove",
     ),
     Meaning(
         words=("Host key verification failed",),
@@ -243,9 +243,9 @@ class Link:
         meant = next((m for m in known if any(words in err for words in m.words)), CUT)
         lines = err.strip().splitlines() or ["ssh says nothing"]
         said = next((line for line in lines if any(w in line for w in meant.words)), lines[-1])
-        given = {"name": self.name, "host": self.host, "said": said.rstrip(".")}
+        got = meant.got.format(name=self.name, said=said.rstrip("."))
         kind = LostLinkError if meant is CUT else DeviceError
-        return kind(meant.got.format(**given), allowed=meant.allowed, do=meant.do.format(**given))
+        return kind(got, allowed=meant.allowed, do=meant.do)
 
 
 def board(

@@ -203,7 +203,7 @@ def test_python_of_its_environment_is_taken(server: Server) -> None:
 @pytest.mark.parametrize("checking", ["yes", "no"])
 def test_a_host_key_that_changed_is_refused(checking: str, server: Server) -> None:
     server.knows("other-host", checking=checking)
-    with pytest.raises(DeviceError, match=r"host's key has changed.*ssh-keygen -R"):
+    with pytest.raises(DeviceError, match="host's key has changed"):
         server.board().measure(NULL, PIXEL, **ONCE)
     assert list(server.home.iterdir()) == []
 
