@@ -74,14 +74,24 @@ def _cli(session: nox.Session, *arguments: str) -> None:
 
 
 def _browser(session: nox.Session) -> None:
-    """Have a browser for the test that looks at the report page; Debian's, where possible."""
-    if any(shutil.which(name) for name in BROWSERS):
-        return
+    """Have a browser for the test that looks at the report page."""
+    if not any(shutil.which(name) for name in BROWSERS):
+        _debian(session, "chromium", "the page is not looked at in a browser")
+
+
+def _sshd(session: nox.Session) -> None:
+    """Have a server for the tests of devices over SSH."""
+    if not shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
+        _debian(session, "openssh-server", "devices over SSH are not tested")
+
+
+def _debian(session: nox.Session, package: str, otherwise: str) -> None:
+    """Install a package of Debian's, where that is possible."""
     if shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
         session.run("apt-get", "update", external=True)
-        session.run("apt-get", "install", "--yes", "chromium", external=True)
+        session.run("apt-get", "install", "--yes", package, external=True)
     else:
-        session.warn("no Chromium here: install one, or the page is not looked at in a browser")
+        session.warn(f"no {package} here: install it, or {otherwise}")
 
 
 def _run_folder(session: nox.Session) -> tuple[str, ...]:
@@ -115,6 +125,7 @@ def tests(session: nox.Session) -> None:
     """Run the tests that need nothing but this repository."""
     _install(session)
     _browser(session)
+    _sshd(session)
     _pytest(session, "-m", "not acceptance")
 
 

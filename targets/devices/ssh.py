@@ -1,0 +1,290 @@
+"""Linux boards that are reached over SSH: `ssh:user@host`, `ssh:host-alias`, `ssh:host:port`.
+
+In: OpenSSH's own client with the user's configuration, agent and known hosts. Out: the family of
+devices `ssh`. A file is pushed through a shell there, so that the board needs no SFTP. Keys of
+hosts are always checked: where a configuration says not to, one that has changed is still refused.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from shlex import quote
+from tempfile import TemporaryDirectory
+from typing import IO, TYPE_CHECKING
+
+from pipeline.errors import DeviceError, UsageError
+from targets.devices._remote import Answer, LostLinkError, Patience, Remote
+
+if TYPE_CHECKING:
+    from targets.base import Device
+
+CONFIG, PYTHON = "CONVNEXT_EDGE_SSH_CONFIG", "CONVNEXT_EDGE_SSH_PYTHON"
+"""Environment variables: a configuration file instead of the user's, and Python's command there."""
+ENVIRONMENT = "~/convnext-edge"
+"""A virtual environment there whose Python is taken before the system's."""
+ROOT = ".cache/convnext-edge"
+ADDRESS = re.compile(
+    r"(?:(?P<user>\w[\w.-]*)@)?(?P<host>\w[\w.-]*|\[[0-9a-fA-F:.%\w]+\])(?::(?P<port>\d+))?"
+)
+OPTIONS = {
+    "BatchMode": "yes",
+    "ClearAllForwardings": "yes",
+    "ConnectTimeout": "10",
+    "ControlMaster": "auto",
+    "ControlPersist": "60",
+    "ForwardAgent": "no",
+    "LogLevel": "ERROR",
+    "RemoteCommand": "none",
+    "RequestTTY": "no",
+    "ServerAliveInterval": "5",
+    "ServerAliveCountMax": "3",
+}
+SECONDS_HERE = 10
+"""For what asks nobody."""
+FAILED = 255
+"""The client's own exit code; no command of ours ends with it."""
+UNCHECKED = ("no", "off", "false")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meaning:
+    """What some words of the client mean; `{name}` and `{said}` are filled in."""
+
+    words: tuple[str, ...]
+    got: str
+    allowed: str
+    do: str
+
+
+MEANINGS = (
+    Meaning(
+        words=("REMOTE HOST IDENTIFICATION HAS CHANGED",),
+        got="{name}: the host's key has changed, or another machine answers",
+        allowed="the key in known_hosts",
+        do="If the board was set up anew, log in by hand: ssh says which known key to remove",
+    ),
+    Meaning(
+        words=("Host key verification failed",),
+        got="{name}: the host's key is not known here",
+        allowed="a host in known_hosts",
+        do="Log in once by hand and compare the fingerprint that ssh shows",
+    ),
+    Meaning(
+        words=("Permission denied", "Too many authentication failures"),
+        got="{name} refuses the login: {said}",
+        allowed="a key of the agent or of ~/.ssh/config that this user may log in with",
+        do="Put your key there (ssh-copy-id), or name another IdentityFile",
+    ),
+    Meaning(
+        words=("Could not resolve hostname",),
+        got="{name} is not known: {said}",
+        allowed="a name that resolves, an address, or an alias of ~/.ssh/config",
+        do="Correct --device",
+    ),
+    Meaning(
+        words=("onfiguration option", "Can't open user config file"),
+        got="{name}: ssh cannot read its configuration: {said}",
+        allowed=f"a file that `ssh -G HOST` reads: ~/.ssh/config, or what {CONFIG} names",
+        do="Correct it",
+    ),
+    Meaning(
+        words=("Protocol major versions differ", "invalid characters", "No SSH version"),
+        got="{name}: what answers there is no SSH server: {said}",
+        allowed="an SSH server at this address and port",
+        do="Correct the port in --device",
+    ),
+)
+UNREACHABLE = Meaning(
+    words=("Connection refused", "timed out", "No route to host", "Network is unreachable"),
+    got="{name} cannot be reached: {said}",
+    allowed="a device that is on, in this network, with an SSH server",
+    do="Try `ssh` by hand",
+)
+"""Of a host that was never reached; of another it is a lost link."""
+CUT = Meaning(
+    words=(),
+    got="{name}: the connection was cut: {said}",
+    allowed="a connection that comes back within two minutes",
+    do="Look whether the device is on, and try again",
+)
+
+
+class Link:
+    """OpenSSH's client and one host; see `targets.devices._remote.Transport`.
+
+    Args:
+        address: As in `ssh:ADDRESS`.
+        config: Configuration file instead of the user's own.
+
+    Raises:
+        UsageError: The address is none.
+    """
+
+    def __init__(self, address: str, config: Path | None = None) -> None:
+        match = ADDRESS.fullmatch(address)
+        if match is None:
+            raise UsageError(
+                f"ssh:{address} names no host",
+                allowed="ssh:HOST, ssh:USER@HOST or ssh:USER@HOST:PORT, with a host or an alias of"
+                " ~/.ssh/config",
+                do="Correct --device",
+            )
+        self.name = f"ssh:{address}"
+        self.host = match["host"].strip("[]")
+        self._where = [
+            *(("-F", str(config)) if config else ()),
+            *(("-p", match["port"]) if match["port"] else ()),
+            *(("-l", match["user"]) if match["user"] else ()),
+        ]
+        self._met = False
+        self._sockets: TemporaryDirectory[str] | None = None
+        self._words: list[str] = []
+
+    def run(self, command: str, *, timeout: float) -> Answer:
+        """Run a line of POSIX shell there, in the login's home."""
+        return self._ssh(command, timeout)
+
+    def push(self, source: Path, target: str, *, timeout: float) -> Answer:
+        """Write a file there."""
+        with source.open("rb") as file:
+            # Behind `||` a shell stays to say what its `cat` died of.
+            return self._ssh(
+                f"export LC_ALL=C; cat >{quote(target)} || exit 1", timeout, given=file
+            )
+
+    def pull(self, source: str, target: Path, *, timeout: float) -> Answer:
+        """Write a file of the device here."""
+        with target.open("wb") as file:
+            return self._ssh(f"export LC_ALL=C; cat {quote(source)} || exit 1", timeout, taken=file)
+
+    def close(self) -> None:
+        """End the connection that the commands share."""
+        if self._sockets is not None:
+            self._client([*self._words, "-O", "exit", "--", self.host], SECONDS_HERE)
+            self._sockets.cleanup()
+            self._sockets = None
+
+    def _ssh(
+        self,
+        command: str,
+        timeout: float,
+        *,
+        given: IO[bytes] | None = None,
+        taken: IO[bytes] | None = None,
+    ) -> Answer:
+        words = [*self._connected(), "--", self.host, f"sh -c {quote(command)}"]
+        answer = self._client(words, timeout, given=given, taken=taken)
+        if answer.code == FAILED:
+            raise self._explained(answer.err)
+        self._met = True
+        return answer
+
+    def _connected(self) -> list[str]:
+        """Return the client's options, with the place where commands share a connection."""
+        if self._sockets is None:
+            self._sockets = TemporaryDirectory(prefix="ssh-")
+            options = {**OPTIONS, "ControlPath": f"{self._sockets.name}/link"}
+            if self._checking() in UNCHECKED:
+                options["StrictHostKeyChecking"] = "accept-new"
+            said = (word for pair in options.items() for word in ("-o", "=".join(pair)))
+            self._words = [*self._where, *said]
+        return self._words
+
+    def _checking(self) -> str:
+        """Return what the configuration says of hosts' keys."""
+        answer = self._client([*self._where, "-G", "--", self.host], SECONDS_HERE)
+        if answer.code:
+            raise self._explained(answer.err)
+        pairs = (line.partition(" ") for line in answer.out.splitlines())
+        return next((value for key, _, value in pairs if key == "stricthostkeychecking"), "ask")
+
+    def _client(
+        self,
+        words: list[str],
+        timeout: float,
+        *,
+        given: IO[bytes] | None = None,
+        taken: IO[bytes] | None = None,
+    ) -> Answer:
+        try:
+            done = subprocess.run(
+                ["ssh", *words],
+                stdin=given or subprocess.DEVNULL,
+                stdout=taken or subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                timeout=timeout,
+                env={**os.environ, "LC_ALL": "C"},
+                # Ctrl-C is this process's to handle: it still has to clear up there.
+                start_new_session=True,
+                check=False,
+            )
+        except FileNotFoundError as error:
+            raise DeviceError(
+                f"{self.name}: there is no ssh here",
+                allowed="OpenSSH's client on PATH",
+                do="Install it (Debian: apt-get install openssh-client)",
+            ) from error
+        except subprocess.TimeoutExpired as error:
+            raise LostLinkError(
+                f"{self.name} has not answered for {timeout:.0f} s",
+                allowed="a device that answers",
+                do="Look whether it is on, and try again",
+            ) from error
+        out, err = ((text or b"").decode(errors="replace") for text in (done.stdout, done.stderr))
+        return Answer(code=done.returncode, out=out, err=err)
+
+    def _explained(self, err: str) -> DeviceError:
+        """Return the error that the client's own words mean."""
+        known = MEANINGS if self._met else (*MEANINGS, UNREACHABLE)
+        meant = next((m for m in known if any(words in err for words in m.words)), CUT)
+        lines = err.strip().splitlines() or ["ssh says nothing"]
+        said = next((line for line in lines if any(w in line for w in meant.words)), lines[-1])
+        got = meant.got.format(name=self.name, said=said.rstrip("."))
+        kind = LostLinkError if meant is CUT else DeviceError
+        return kind(got, allowed=meant.allowed, do=meant.do)
+
+
+def board(
+    address: str,
+    *,
+    config: Path | None = None,
+    python: str | None = None,
+    patience: Patience | None = None,
+) -> Remote:
+    """Return a device over SSH.
+
+    Args:
+        address: As in `ssh:ADDRESS`.
+        config: Configuration file of ssh instead of the user's own.
+        python: Python's command there; None takes that of `ENVIRONMENT`, else the system's.
+        patience: How long the device is waited for.
+
+    Raises:
+        UsageError: The address is none.
+    """
+    found = f"$(command -v {ENVIRONMENT}/bin/python3 || echo python3)"
+    return Remote(Link(address, config), root=ROOT, python=python or found, patience=patience)
+
+
+class Boards:
+    """The family `ssh`."""
+
+    name = "ssh"
+
+    def found(self) -> tuple[str, ...]:
+        """Return none: which hosts of a configuration are boards it does not say."""
+        return ()
+
+    def at(self, address: str) -> Device:
+        """Return the board with this address; see `targets.base.DeviceFamily`."""
+        config = os.environ.get(CONFIG)
+        return board(
+            address, config=Path(config) if config else None, python=os.environ.get(PYTHON)
+        )
+
+
+DEVICES = Boards()

@@ -1,0 +1,197 @@
+"""The file that runs on a device, as a program of its own."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from targets.base import run_padded, runtimes
+
+RUNNER = Path(__file__).parents[3] / "targets" / "devices" / "_runner.py"
+MEASURE = {
+    "task": "measure",
+    "image": "image.npy",
+    "threads": 1,
+    "rounds": 3,
+    "per_round": 4,
+    "warm_up": 1,
+    "processes": True,
+    "marks": False,
+}
+HARNESS = {"label": "harness", "runtime": "onnx", "path": None, "layout": "NCHW"}
+
+
+def job(name: str, path: Path, label: str = "float") -> dict[str, Any]:
+    layout = runtimes()[name].capabilities.layout
+    return {"label": label, "runtime": name, "path": str(path), "layout": layout}
+
+
+def run(folder: Path, task: dict[str, Any], **environment: str) -> tuple[dict[str, Any], list[Any]]:
+    """Return the result and the lines of progress; it runs where nothing of ours can be found."""
+    (folder / "JOBS.json").write_text(json.dumps(task))
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, str(RUNNER), "JOBS.json", "RESULT.json"],
+        cwd=folder,
+        env={**kept, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.name for p in folder.glob(".*")) == []
+    result: dict[str, Any] = json.loads((folder / "RESULT.json").read_text())
+    return result, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_it_is_one_file_for_an_old_python() -> None:
+    tree = ast.parse(RUNNER.read_text(), feature_version=(3, 9))
+    imported = {
+        ((isinstance(node, ast.ImportFrom) and node.module) or alias.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+    }
+    runtimes_ = {"onnxruntime", "openvino"}
+    assert imported <= {*sys.stdlib_module_names, "numpy", *runtimes_}
+
+
+def test_it_says_what_the_device_is(tmp_path: Path) -> None:
+    result, lines = run(tmp_path, {"task": "probe"})
+    assert (result["runner"], result["error"], result["jobs"], lines) == (1, None, [], [])
+    machine = result["machine"]
+    assert machine["machine"] == os.uname().machine
+    assert machine["cores"] == len(os.sched_getaffinity(0))
+    assert machine["description"]
+    assert machine["isa"]
+    assert machine["packages"]["numpy"] == np.__version__
+    assert "onnxruntime" in machine["packages"]
+    assert result["before"]["load"] >= 0
+
+
+def test_a_pi_tells_its_temperature_and_whether_it_was_slowed_down(tmp_path: Path) -> None:
+    tool = tmp_path / "bin" / "vcgencmd"
+    tool.parent.mkdir()
+    tool.write_text(
+        "#!/bin/sh\ncase $1 in get_throttled) echo throttled=0x50000;;"
+        ' measure_temp) echo "temp=48.3\'C";; esac\n'
+    )
+    tool.chmod(0o755)
+    path = f"{tool.parent}:{os.environ['PATH']}"
+    result, _ = run(tmp_path, {"task": "probe"}, PATH=path)
+    assert result["before"]["throttled"] == result["after"]["throttled"] == "0x50000"
+    assert result["after"]["temperatures_c"]["vcgencmd"] == 48.3
+
+
+@pytest.mark.parametrize("where", ["processes", "here"])
+@pytest.mark.parametrize("name", ["onnx", "openvino", "tflite"])
+def test_it_times_each_job_in_turn(
+    name: str, where: str, artifacts: Mapping[str, Path], pixels: NDArray[Any], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "image.npy", pixels[:1])
+    jobs = [HARNESS, job(name, artifacts[name])]
+    result, lines = run(tmp_path, {**MEASURE, "processes": where == "processes", "jobs": jobs})
+    assert result["error"] is None
+    assert lines == [{"done": i, "total": 6} for i in range(1, 7)]
+    harness, timed = result["jobs"]
+    assert timed["error"] is None
+    assert len(timed["wall_ms"]) == len(timed["cpu_ms"]) == len(harness["wall_ms"]) == 12
+    assert 0 < np.median(harness["wall_ms"]) < np.median(timed["wall_ms"])
+    assert timed["load_ms"] > 0
+    assert timed["first_ms"] > 0
+    assert timed["peak_memory_bytes"] > 10_000_000
+    assert (harness["versions"], len(timed["versions"])) == ({}, 1)
+
+
+def test_marks_are_seen_from_outside_and_the_libraries_are_told(
+    artifacts: Mapping[str, Path], pixels: NDArray[Any], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "image.npy", pixels[:1])
+    wanted = {
+        **MEASURE,
+        "processes": False,
+        "marks": True,
+        "jobs": [job("onnx", artifacts["onnx"])],
+    }
+    result, _ = run(tmp_path, wanted)
+    assert result["jobs"][0]["error"] is None
+    assert "onnxruntime" in result["maps"]
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino", "tflite"])
+def test_its_logits_are_those_of_the_runtime_here(
+    name: str, artifacts: Mapping[str, Path], pixels: NDArray[Any], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "images.npy", pixels)
+    task = {"task": "infer", "images": "images.npy", "batch": 1, "threads": 1}
+    wanted = {**task, "job": job(name, artifacts[name]), "logits": "logits.npy"}
+    result, lines = run(tmp_path, wanted)
+    assert result["error"] is None
+    assert lines[-1] == {"done": 5, "total": 5}
+    here = runtimes()[name].load(artifacts[name], 1)
+    expected = np.concatenate([run_padded(here, one[None], 1) for one in pixels])
+    logits = np.load(tmp_path / "logits.npy")
+    assert logits.dtype == np.float32
+    np.testing.assert_array_equal(logits, expected)
+
+
+def test_a_job_that_fails_says_why_and_the_others_go_on(
+    artifacts: Mapping[str, Path], pixels: NDArray[Any], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "image.npy", pixels[:1])
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(b"nothing")
+    jobs = [job("onnx", damaged, "damaged"), job("onnx", artifacts["onnx"])]
+    result, _ = run(tmp_path, {**MEASURE, "jobs": jobs})
+    assert result["error"] is None
+    broken, whole = result["jobs"]
+    assert "InvalidProtobuf" in broken["error"]
+    assert "\n" not in broken["error"]
+    assert (broken["wall_ms"], len(whole["wall_ms"])) == ([], 12)
+
+
+def test_a_process_that_is_killed_is_a_job_that_failed(
+    artifacts: Mapping[str, Path], pixels: NDArray[Any], tmp_path: Path
+) -> None:
+    np.save(tmp_path / "image.npy", pixels[:1])
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "onnxruntime.py").write_text("import os; os.abort()")
+    jobs = [job("onnx", artifacts["onnx"]), {**HARNESS, "runtime": "tflite"}]
+    packages = str(tmp_path / "packages")
+    result, _ = run(tmp_path, {**MEASURE, "jobs": jobs}, PYTHONPATH=packages)
+    assert result["jobs"][0]["error"] == "its process ended with signal SIGABRT"
+    assert result["jobs"][1]["error"] is None
+
+
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [
+        ({"task": "dance"}, "KeyError: 'dance'"),
+        ({**MEASURE, "jobs": [HARNESS]}, "FileNotFoundError"),
+        ({"task": "measure"}, "KeyError: 'jobs'"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(task: dict[str, Any], said: str, tmp_path: Path) -> None:
+    result, _ = run(tmp_path, task)
+    told = result["error"] or result["jobs"][0]["error"]
+    assert said in told
+
+
+def test_without_numpy_it_still_says_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "packages" / "numpy.py").write_text("raise ModuleNotFoundError('No numpy')")
+    packages = str(tmp_path / "packages")
+    result, _ = run(tmp_path, {**MEASURE, "jobs": [HARNESS]}, PYTHONPATH=packages)
+    assert result["machine"]["cores"] > 0
+    assert result["jobs"][0]["error"] == "ModuleNotFoundError: No numpy"
