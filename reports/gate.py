@@ -330,8 +330,8 @@ def _against_baseline(
     if all(limit is None for limit in asked):
         return
     if baseline is None:
-        reason = "no baseline: store one with `convnext-edge gate RUN_DIR --accept`"
-        yield _open("baseline", None, reason)
+        why = "no baseline: store one with `convnext-edge gate RUN_DIR --accept`"
+        yield _open("baseline", None, why)
         return
     before = {(row.runtime, row.scheme): row for row in baseline.artifacts}
     for runtime, why in _float_shipped(report).items():
