@@ -355,10 +355,10 @@ def _against_baseline(
             )
         if budget.max_latency_ratio is not None:
             limit, name = budget.max_latency_ratio, f"{label}: latency"
-            why = _incomparable(report, baseline, row, base)
-            yield (
-                _open(name, limit, why) if why else _baseline_latency(name, row, base, limit, clock)
-            )
+            if (unlike := _incomparable(report, baseline, row, base)) is None:
+                yield _baseline_latency(name, row, base, limit, clock)
+            else:
+                yield _open(name, limit, unlike)
 
 
 def _incomparable(
