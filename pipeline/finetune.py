@@ -16,11 +16,9 @@ from pydantic import TypeAdapter
 
 from pipeline.errors import MissingRuntimeError
 from pipeline.exports import MODEL_FILES
-from pipeline.recorder import METRICS
-from pipeline.records import CurvePoint, Training
+from pipeline.recorder import CHECKPOINT, METRICS
+from pipeline.records import STRICTEST, CurvePoint, Training
 from pipeline.store import Stage, library_versions, sha256_file
-from pipeline.student import STRICTEST
-from pipeline.training_loop import CHECKPOINT
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -45,8 +45,8 @@ from pipeline.nncf_quantizers import (
 )
 from pipeline.quantize import layer_grid
 from pipeline.recipe import NNCF_SCHEMES
-from pipeline.records import ACTIVATION_BITS, PROFILES, Profile, QuantizedModel
-from pipeline.student import STRICTEST, drop_paths, float_network
+from pipeline.records import ACTIVATION_BITS, PROFILES, STRICTEST, Profile, QuantizedModel
+from pipeline.student import drop_paths, float_network
 from pipeline.trace import Freedom, structure, trace
 
 if TYPE_CHECKING:

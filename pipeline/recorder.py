@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 METRICS, EVENTS = "metrics.jsonl", "tensorboard"
+CHECKPOINT = "checkpoint.pt"
+"""What an unfinished training goes on from; it lies beside its metrics."""
 
 
 class Recorder:

@@ -62,6 +62,8 @@ SCHEMES: tuple[Scheme, ...] = ("float", "w8a8", "w4a8", "w8a16", "w8a8-dynamic",
 ACTIVATION_BITS: dict[Scheme, Bits] = {"w8a8": 8, "w4a8": 8, "w8a16": 16, "w4a4": 4}
 """Of the schemes that fix the activations' grid beforehand; the others quantize no site."""
 PROFILES: tuple[Profile, ...] = ("full", "avx2")
+STRICTEST: Profile = "avx2"
+"""Its integers are right wherever those of the others are."""
 OpKind = Literal[
     "pointwise",
     "depthwise",

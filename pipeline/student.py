@@ -22,7 +22,7 @@ from pipeline.arithmetic import BIAS_LIMIT, BITS, bias_scales, quantize_bias
 from pipeline.convnext import Block, ConvNeXt, Site, empty, layer_kind
 from pipeline.placements import PLACEMENTS
 from pipeline.quantize import FLOAT, layer_grid
-from pipeline.records import ACTIVATION_BITS, PROFILES, Profile, QuantizedModel
+from pipeline.records import ACTIVATION_BITS, PROFILES, STRICTEST, QuantizedModel
 from pipeline.trace import Freedom, node_name, structure, trace
 
 if TYPE_CHECKING:
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     Arrays = Mapping[str, NDArray[Any]]
 
 _TENSORS = ("weight", "weight_scale")
-STRICTEST: Profile = "avx2"
-"""Its integers are right wherever those of the others are."""
 
 
 def float_network(record: QuantizedModel, arrays: Arrays) -> ConvNeXt:

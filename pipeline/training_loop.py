@@ -23,7 +23,7 @@ from calib.oscillation import Oscillation, dampening, frozen_from
 from pipeline.arithmetic import BITS, FEW_BITS
 from pipeline.convnext import Block
 from pipeline.errors import EdgeError, TrainingError
-from pipeline.recorder import Recorder
+from pipeline.recorder import CHECKPOINT, Recorder
 from pipeline.store import writing
 
 if TYPE_CHECKING:
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     Batch = tuple[NDArray[np.float32], NDArray[np.int64]]
     Batches = Iterator[Batch]
 
-CHECKPOINT = "checkpoint.pt"
 POINTS = 200
 """Lines of metrics that a training writes, about."""
 DAMPENING = 1e-7

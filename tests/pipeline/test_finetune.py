@@ -18,8 +18,7 @@ import torch
 from safetensors.numpy import load_file
 
 from pipeline.finetune import TRAINING
-from pipeline.recorder import METRICS
-from pipeline.training_loop import CHECKPOINT
+from pipeline.recorder import CHECKPOINT, METRICS
 from reports.document import read_report
 
 CLI = (sys.executable, "-P", "-m", "pipeline.cli")

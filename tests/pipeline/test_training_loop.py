@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 from calib.oscillation import dampening
 from pipeline.distributed import Group
 from pipeline.errors import TrainingError
-from pipeline.recorder import EVENTS, METRICS
+from pipeline.recorder import CHECKPOINT, EVENTS, METRICS
 from pipeline.records import Finetuning, QuantizedModel
 from pipeline.student import Student, float_network
-from pipeline.training_loop import CHECKPOINT, Feed, Loop
+from pipeline.training_loop import Feed, Loop
 from pipeline.worker import silent
 
 Model = tuple[QuantizedModel, dict[str, Any]]
