@@ -21,7 +21,7 @@ from pipeline import checkpoint
 from pipeline.distributed import group
 from pipeline.records import Accuracy, Agreement, Export, Preprocessing, Selection
 from pipeline.statistics import paired_difference_interval, sqnr_db
-from targets.base import run_padded, runtime
+from targets.base import kind_here, run_padded, runtime
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from pipeline.distributed import Group
+    from pipeline.records import Kind
     from pipeline.worker import Progress
 
     Classifier = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 LOGITS, LABELS = "logits.npy", "labels.npy"
 FLOAT_BATCH = 32
+KINDS: tuple[Kind, ...] = ("device", "host", "emulated", "interpreted")
+"""From what a phone does to what is only computed after it."""
 
 
 def float_stage(
@@ -127,7 +130,8 @@ def artifact_stage(
         return None
     np.save(Path(folder) / LOGITS, seen.logits)
     labels = np.load(Path(reference) / LABELS)
-    return asdict(compare(np.load(Path(reference) / LOGITS), seen.logits, labels))
+    kind = kind_here(runtime(artifact["runtime"]))
+    return asdict(compare(np.load(Path(reference) / LOGITS), seen.logits, labels, kind))
 
 
 class _Batches(NamedTuple):
@@ -193,7 +197,10 @@ def _over_images(
 
 
 def compare(
-    float_logits: NDArray[np.float32], logits: NDArray[np.float32], labels: NDArray[np.int64]
+    float_logits: NDArray[np.float32],
+    logits: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    kind: Kind = "host",
 ) -> Accuracy:
     """Hold an artifact's logits against the float model's.
 
@@ -201,9 +208,10 @@ def compare(
         float_logits: Shape (n, classes).
         logits: Shape (n, classes).
         labels: Shape (n,).
+        kind: How the artifact was run.
 
     Returns:
-        Everything that follows from them; kind `host`.
+        Everything that follows from them.
     """
     n = len(labels)
     was, now = float_logits.argmax(axis=1), logits.argmax(axis=1)
@@ -213,7 +221,7 @@ def compare(
     low, high = paired_difference_interval(lost, gained, n)
     return Accuracy(
         outcome="measured",
-        kind="host",
+        kind=kind,
         n=n,
         top1=float(right_now.mean()),
         drop_pp=100 * (lost - gained) / n,
@@ -232,7 +240,8 @@ def agreement_stage(
     """Compare every pair of artifacts of equal scheme.
 
     Args:
-        artifacts: For each measured artifact its `export`, and the `folder` with its logits.npy.
+        artifacts: For each measured artifact its `export`, the `kind` of its accuracy, and the
+            `folder` with its logits.npy.
         folder: Takes nothing: the result is all there is.
         progress: Called before and after.
 
@@ -248,8 +257,16 @@ def agreement_stage(
         for export, values in zip(exports, logits, strict=True)
         if export.scheme == "float"
     }
+    kinds: list[Kind] = [item["kind"] for item in artifacts]
     rows = [
-        asdict(agreement((exports[i], logits[i]), (exports[j], logits[j]), floats))
+        asdict(
+            agreement(
+                (exports[i], logits[i]),
+                (exports[j], logits[j]),
+                floats,
+                kind=max(kinds[i], kinds[j], key=KINDS.index),
+            )
+        )
         for i, j in itertools.combinations(range(len(artifacts)), 2)
         if exports[i].scheme == exports[j].scheme
     ]
@@ -261,6 +278,8 @@ def agreement(
     a: tuple[Export, NDArray[np.float32]],
     b: tuple[Export, NDArray[np.float32]],
     floats: Mapping[str, NDArray[np.float32]] | None = None,
+    *,
+    kind: Kind = "host",
 ) -> Agreement:
     """Compare two artifacts' logits on the same images, shape (n, classes) each.
 
@@ -268,6 +287,7 @@ def agreement(
         a: One artifact and its logits.
         b: The other.
         floats: Runtimes to their float artifacts' logits, as far as they are known.
+        kind: How they were run: of the one that was further from a real device.
     """
     (ours, x), (theirs, y) = a, b
     difference, known = _rms(x, y), floats or {}
@@ -281,7 +301,7 @@ def agreement(
         a=ours.runtime,
         b=theirs.runtime,
         scheme=ours.scheme,
-        kind="host",
+        kind=kind,
         n=len(x),
         profile_a=ours.profile,
         profile_b=theirs.profile,
