@@ -52,6 +52,10 @@ def cast(*, x: Tensor, dtype: str) -> Tensor:
     return x
 
 
+def transpose(*, x: Tensor, perm: Sequence[int]) -> Tensor:
+    return x.permute(*perm)
+
+
 def add(*, x: Tensor, y: Tensor) -> Tensor:
     return x + y
 
@@ -178,8 +182,8 @@ def _along(values: Tensor, of: Tensor, axis: int | None) -> Tensor:
 OPERATIONS: Mapping[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
-        const, identity, cast, add, sub, mul, real_div, gelu, reduce_mean, reduce_l2_norm,
-        layer_norm, linear, conv, quantize, dequantize, constexpr_affine_dequantize,
+        const, identity, cast, transpose, add, sub, mul, real_div, gelu, reduce_mean,
+        reduce_l2_norm, layer_norm, linear, conv, quantize, dequantize, constexpr_affine_dequantize,
     )
 }  # fmt: skip
 """What this interpreter knows, by MIL's names."""

@@ -60,18 +60,19 @@ class Operation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """What goes in: its shape, None where any number will do, and its type."""
+    """What goes in: its type, and the least and the largest size of each of its dimensions."""
 
-    shape: tuple[int | None, ...]
     dtype: str
+    sizes: tuple[tuple[int, int], ...]
 
     def takes(self, shape: tuple[int, ...]) -> bool:
         """Return whether an array of this shape may go in."""
-        pairs = zip(self.shape, shape, strict=False)
-        return len(shape) == len(self.shape) and all(a in {None, b} for a, b in pairs)
+        fits = (low <= n <= high for (low, high), n in zip(self.sizes, shape, strict=False))
+        return len(shape) == len(self.sizes) and all(fits)
 
     def __str__(self) -> str:
-        return "[" + ", ".join("any" if n is None else str(n) for n in self.shape) + "]"
+        sizes = (str(low) if low == high else f"{low} to {high}" for low, high in self.sizes)
+        return f"[{', '.join(sizes)}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,13 +102,13 @@ def read_spec(path: Path) -> Any:
         ) from error
 
 
-def main_block(path: Path) -> tuple[Any, Any]:
-    """Return the protobuf of the main function, and of the block that its opset runs.
+def main_block(path: Path, spec: Any) -> tuple[Any, Any]:
+    """Return the main function of a protobuf, and the block of it that its opset runs.
 
     Raises:
         ArtifactError: There is none.
     """
-    function = read_spec(path).mlProgram.functions[FUNCTION]
+    function = spec.mlProgram.functions[FUNCTION]
     if function.opset not in function.block_specializations:
         raise _unreadable(path, f"has no mlprogram with a function {FUNCTION}")
     return function, function.block_specializations[function.opset]
@@ -119,13 +120,23 @@ def read_program(path: Path) -> Program:
     Raises:
         ArtifactError: It is damaged, or holds what is not read here: the message names it.
     """
-    function, block = main_block(path)
-    stored = _Stored(path)
+    spec, stored = read_spec(path), _Stored(path)
+    function, block = main_block(path, spec)
+    sizes = {item.name: _sizes(item.type.multiArrayType) for item in spec.description.input}
     return Program(
-        inputs={item.name: stored.input(item.type) for item in function.inputs},
+        inputs={
+            item.name: Input(dtype=stored.dtype(item.type), sizes=sizes[item.name])
+            for item in function.inputs
+        },
         operations=tuple(_operation(op, stored) for op in block.operations),
         outputs=tuple(block.outputs),
     )
+
+
+def _sizes(array: Any) -> tuple[tuple[int, int], ...]:
+    if array.HasField("shapeRange"):
+        return tuple((one.lowerBound, one.upperBound) for one in array.shapeRange.sizeRanges)
+    return tuple((size, size) for size in array.shape)
 
 
 def _operation(op: Any, stored: _Stored) -> Operation:
@@ -161,12 +172,6 @@ class _Stored:
         if kind.WhichOneof("type") != "tensorType" or name not in DTYPES:
             raise self.error(f"has a value of type {name}")
         return name
-
-    def input(self, kind: Any) -> Input:
-        """Return what an input of the function takes."""
-        sizes = kind.tensorType.dimensions
-        shape = tuple(d.constant.size if d.HasField("constant") else None for d in sizes)
-        return Input(shape=shape, dtype=self.dtype(kind))
 
     def value(self, value: Any) -> NDArray[Any]:
         """Return a constant."""

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 WEIGHTED_OPS = ("conv", "linear")
 WEIGHT_CONSTANT = "constexpr_affine_dequantize"
 QUANTIZE_OPS = ("quantize", "dequantize")
+LARGEST_BATCH = 256
+"""Of a dynamic batch: an mlprogram must name one, and coremltools would take 2."""
 
 
 class CoreMl:
@@ -66,8 +68,14 @@ class CoreMl:
         """Write the .mlpackage; see `targets.base.Runtime`."""
         import coremltools as ct
 
+        batch = graph.export.batch
+        shape = (
+            ct.RangeDim(1, LARGEST_BATCH) if batch == "dynamic" else batch,
+            *graph.ops[0].shape,
+        )
         model = ct.convert(
             _Emitter(graph).program(),
+            inputs=[ct.TensorType(name=INPUT_NAME, shape=shape)],
             convert_to="mlprogram",
             minimum_deployment_target=ct.target.iOS17,
             compute_precision=ct.precision.FLOAT32,
@@ -78,7 +86,7 @@ class CoreMl:
 
     def prove(self, path: Path, graph: g.Graph) -> Proof:
         """Count, in the saved program, layers with an int8 constant and a dequantized input."""
-        operations = main_block(path)[1].operations
+        operations = main_block(path, read_spec(path))[1].operations
         counts = Counter(op.type for op in operations)
         made_by = {output.name: op.type for op in operations for output in op.outputs}
 
