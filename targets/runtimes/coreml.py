@@ -99,8 +99,7 @@ class CoreMl:
             if op.type in WEIGHTED_OPS and source(op, "weight") == WEIGHT_CONSTANT
         ]
         return Proof(
-            method="int8 constants and quantize ops of the saved program; what the Neural Engine"
-            " makes of them shows on a Mac only",
+            method=f"int8 constants and quantize ops of the saved program; {self._plan(path)}",
             integer_layers=sum(source(op, "x") == "dequantize" for op in packed),
             expected_integer_layers=computing_layers(graph),
             weighted_layers=len(graph.weighted),
@@ -108,6 +107,16 @@ class CoreMl:
             quantize_ops_per_block=sum(counts[name] for name in QUANTIZE_OPS) / graph.blocks,
             op_counts={name: n for name, n in sorted(counts.items()) if name != "const"},
             integer_weights=len(packed),
+        )
+
+    def _plan(self, path: Path) -> str:
+        if kind_here(self) == "interpreted":
+            return "what the Neural Engine makes of them shows on a Mac only"
+        from targets.runtimes._coreml_plan import preferred_units
+
+        units = preferred_units(path).most_common()
+        return "CoreML's plan: " + ", ".join(
+            f"{count} operations on {unit}" for unit, count in units
         )
 
     def read_metadata(self, path: Path) -> str:
@@ -122,8 +131,12 @@ class CoreMl:
     def op_times(
         self, path: Path, image: Image, *, threads: int, inferences: int
     ) -> list[OpTime] | NotRun:
-        """Return that nothing can be asked: CoreML's profiler is Xcode's."""
-        return NotRun(reason="CoreML has no profiler outside Xcode's Instruments")
+        """Divide a prediction's time as CoreML's plan does; it chooses its own threads."""
+        if kind_here(self) == "interpreted":
+            return NotRun(reason="CoreML tells where its time goes on macOS only")
+        from targets.runtimes._coreml_plan import op_times
+
+        return op_times(path, image, inferences)
 
     def load(self, path: Path, threads: int) -> Session:
         """Return a session through CoreML, which chooses its own threads, or the interpreter."""
