@@ -19,7 +19,7 @@ from calib.collect import collect
 from pipeline.convnext import seeded
 from pipeline.fold import fold
 from pipeline.quantize import Given, quantize
-from pipeline.records import Architecture, Export, Preprocessing, Scheme
+from pipeline.records import Architecture, Export, Preprocessing, Scheme, Wanted
 from pipeline.statistics import sqnr_db
 from targets.base import NotRun, kind_here, runtimes
 from targets.breakdown import breakdown_stage
@@ -50,7 +50,8 @@ def graph_of(scheme: Scheme, batch: Any = 1) -> Graph:
     folded = fold(seeded(NET, 3), HOW)
     sample = pictures()
     given = Given(folded=folded, statistics=collect(folded, [sample]), sample=sample)
-    record, arrays = quantize(given, HOW, labels=None, parents={})
+    wanted = Wanted(scheme="w8a8" if scheme == "float" else scheme)
+    record, arrays = quantize(given, HOW, wanted, labels=None, parents={})
     export = Export(
         runtime="coreml",
         scheme=scheme,
@@ -148,6 +149,16 @@ def test_on_a_mac_coreml_runs_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     session = RUNTIME.load(written(graph, tmp_path), threads=1)
     assert (session(pictures(1)) == 1).all()
     assert list(asked[0]) == ["image"]
+
+
+@pytest.mark.skipif(platform.system() != "Darwin", reason="CoreML is on macOS only")
+@pytest.mark.parametrize("scheme", ["float", "w8a8", "w4a8"])
+def test_the_interpreter_computes_what_coreml_computes(scheme: Scheme, tmp_path: Path) -> None:
+    path = written(graph_of(scheme), tmp_path)
+    real, ours = (load(path, threads=1) for load in (RUNTIME.load, coreml.interpreted))
+    expected, found = (np.concatenate([f(i[None]) for i in pictures()]) for f in (real, ours))
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert error < (1e-4 if scheme == "float" else 0.02)
 
 
 def structure(spec: Any) -> compute_plan.MLModelStructure:
