@@ -34,7 +34,7 @@ from pipeline.errors import EdgeError, OutputError, UsageError
 from pipeline.recipe import NONE
 from pipeline.records import Preprocessing
 from pipeline.store import cannot_write, library_versions, size_bytes, write_atomic
-from targets.base import NotRun, runtime
+from targets.base import NotRun, kind_here, runtime
 from targets.devices.local import cpu_name, isa_flags
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class Bench:
                 for i, row in enumerate(rows)
                 if row["runtime"] == name and row["outcome"] == "measured"
             }
-            if not here:
+            if not here or kind_here(runtime(name)) == "interpreted":
                 continue
             try:
                 times = self._apart(

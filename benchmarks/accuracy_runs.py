@@ -20,6 +20,7 @@ from numpy.lib.format import open_memmap
 
 from pipeline.errors import DataError, UsageError
 from pipeline.statistics import percentile
+from targets import base
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -244,7 +245,7 @@ def evaluate(work: Path, how: Preprocessing, artifact: Row) -> Row:
         how: For what takes normalised pixels.
         artifact: Its `runtime`, `path` and whether it is `ours`.
     """
-    from pipeline.verify import compare
+    from pipeline.compare import compare
 
     lay_out, run = open_artifact(artifact["runtime"], Path(artifact["path"]))
     logits = [
@@ -295,7 +296,7 @@ def open_artifact(runtime: str, path: Path, threads: int = 1) -> tuple[Runner, R
         case "tflite":
             return _tflite(path, threads)
         case "coreml":
-            return np.ascontiguousarray, _coreml(path)
+            return np.ascontiguousarray, _coreml(path, threads)
     raise UsageError(f"unknown runtime: {runtime}", allowed=", ".join(SUFFIXES), do="Correct it")
 
 
@@ -345,7 +346,17 @@ def _tflite(path: Path, threads: int) -> tuple[Runner, Runner]:
     return lay_out, run
 
 
-def _coreml(path: Path) -> Runner:
+def _coreml(path: Path, threads: int) -> Runner:
+    if base.kind_here(base.runtime("coreml")) == "interpreted":
+        import torch
+
+        from targets.runtimes._mil import Interpreter
+        from targets.runtimes._mil_file import read_program
+
+        torch.set_num_threads(threads)
+        run = Interpreter(read_program(path))
+        (given,) = run.program.inputs
+        return lambda image: next(iter(run(**{given: image}).values()))
     import coremltools as ct
 
     model = ct.models.MLModel(str(path))

@@ -16,7 +16,7 @@ from pipeline.errors import DeviceError, MissingRuntimeError
 from pipeline.inventory import NOTHING
 from pipeline.records import PROFILE_OF_ISA
 from pipeline.store import library_versions
-from targets.base import NotRun, device, devices, runtimes
+from targets.base import NotRun, device, devices, kind_here, runtimes
 from targets.devices.local import host_isa
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def show(facts: dict[str, Any], console: Console) -> None:
         versions = ", ".join(
             f"{name} {version or '-'}" for name, version in row["versions"].items()
         )
-        can = ["yes" if row[key] else "no" for key in ("can_export", "can_run")]
+        can = ["yes" if row["can_export"] else "no", _how(row)]
         table.add_row(row["runtime"], versions, *can, escape(row["do"]))
     console.print(table)
     show_devices(facts["devices"], console)
@@ -82,9 +82,16 @@ def _runtime(item: Runtime) -> dict[str, Any]:
     try:
         cannot = item.can_run()
     except MissingRuntimeError as error:
-        return {**row, "can_export": False, "can_run": False, "do": error.do}
+        return {**row, "can_export": False, "can_run": False, "kind": None, "do": error.do}
     do = cannot.reason if cannot is not None else ""
-    return {**row, "can_export": True, "can_run": cannot is None, "do": do}
+    kind = kind_here(item) if cannot is None else None
+    return {**row, "can_export": True, "can_run": cannot is None, "kind": kind, "do": do}
+
+
+def _how(row: dict[str, Any]) -> str:
+    if not row["can_run"]:
+        return "no"
+    return "yes" if row["kind"] == "host" else str(row["kind"])
 
 
 def _device(name: str, item: Device) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from pydantic import TypeAdapter, ValidationError
 
 from calib.images import select
 from calib.preprocess import some_pixels
+from pipeline.compare import parity
 from pipeline.errors import ArtifactError, DeviceError, WorkerError
 from pipeline.measure import Timing
 from pipeline.recipe import NONE
 from pipeline.records import Parity, Place
 from pipeline.store import Stage, file_stem
-from pipeline.verify import parity
 from pipeline.worker import end_all, silent
 from targets import base
 

@@ -109,8 +109,8 @@ class Verification:
 
         results = self.stages.side_by_side(verify, artifacts)
         measured = [
-            {"export": asdict(artifact.export), "folder": str(folder)}
-            for artifact, (_, folder) in zip(artifacts, results, strict=True)
+            {"export": asdict(artifact.export), "kind": accuracy.kind, "folder": str(folder)}
+            for artifact, (accuracy, folder) in zip(artifacts, results, strict=True)
             if folder is not None
         ]
         value = against.reference.value

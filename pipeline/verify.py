@@ -6,11 +6,10 @@ drop with its interval, agreement and SQNR.
 
 from __future__ import annotations
 
-import base64
 import itertools
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from pydantic import TypeAdapter
@@ -18,17 +17,18 @@ from pydantic import TypeAdapter
 from calib.images import select
 from calib.preprocess import batches, check_readable
 from pipeline import checkpoint
+from pipeline.compare import agreement, compare
 from pipeline.distributed import group
-from pipeline.records import Accuracy, Agreement, Export, Parity, Preprocessing, Selection
-from pipeline.statistics import paired_difference_interval, sqnr_db
-from targets.base import run_padded, runtime
+from pipeline.records import Export, Preprocessing, Selection
+from targets.base import kind_here, run_padded, runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from numpy.typing import NDArray
 
     from pipeline.distributed import Group
+    from pipeline.records import Kind
     from pipeline.worker import Progress
 
     Classifier = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 LOGITS, LABELS = "logits.npy", "labels.npy"
 FLOAT_BATCH = 32
+KINDS: tuple[Kind, ...] = ("device", "host", "emulated", "interpreted")
+"""From what a phone does to what is only computed after it."""
 
 
 def float_stage(
@@ -127,7 +129,8 @@ def artifact_stage(
         return None
     np.save(Path(folder) / LOGITS, seen.logits)
     labels = np.load(Path(reference) / LABELS)
-    return asdict(compare(np.load(Path(reference) / LOGITS), seen.logits, labels))
+    kind = kind_here(runtime(artifact["runtime"]))
+    return asdict(compare(np.load(Path(reference) / LOGITS), seen.logits, labels, kind))
 
 
 class _Batches(NamedTuple):
@@ -192,47 +195,14 @@ def _over_images(
     )
 
 
-def compare(
-    float_logits: NDArray[np.float32], logits: NDArray[np.float32], labels: NDArray[np.int64]
-) -> Accuracy:
-    """Hold an artifact's logits against the float model's.
-
-    Args:
-        float_logits: Shape (n, classes).
-        logits: Shape (n, classes).
-        labels: Shape (n,).
-
-    Returns:
-        Everything that follows from them; kind `host`.
-    """
-    n = len(labels)
-    was, now = float_logits.argmax(axis=1), logits.argmax(axis=1)
-    right_before, right_now = was == labels, now == labels
-    lost = int((right_before & ~right_now).sum())
-    gained = int((~right_before & right_now).sum())
-    low, high = paired_difference_interval(lost, gained, n)
-    return Accuracy(
-        outcome="measured",
-        kind="host",
-        n=n,
-        top1=float(right_now.mean()),
-        drop_pp=100 * (lost - gained) / n,
-        drop_ci95_pp=(100 * low, 100 * high),
-        agreement_with_float=float((was == now).mean()),
-        sqnr_db=sqnr_db(float_logits, logits),
-        lost=lost,
-        gained=gained,
-        correct_bits=base64.b64encode(np.packbits(right_now).tobytes()).decode(),
-    )
-
-
 def agreement_stage(
     artifacts: list[dict[str, Any]], folder: str, progress: Progress
 ) -> list[dict[str, Any]]:
     """Compare every pair of artifacts of equal scheme.
 
     Args:
-        artifacts: For each measured artifact its `export`, and the `folder` with its logits.npy.
+        artifacts: For each measured artifact its `export`, the `kind` of its accuracy, and the
+            `folder` with its logits.npy.
         folder: Takes nothing: the result is all there is.
         progress: Called before and after.
 
@@ -248,90 +218,18 @@ def agreement_stage(
         for export, values in zip(exports, logits, strict=True)
         if export.scheme == "float"
     }
+    kinds: list[Kind] = [item["kind"] for item in artifacts]
     rows = [
-        asdict(agreement((exports[i], logits[i]), (exports[j], logits[j]), floats))
+        asdict(
+            agreement(
+                (exports[i], logits[i]),
+                (exports[j], logits[j]),
+                floats,
+                kind=max(kinds[i], kinds[j], key=KINDS.index),
+            )
+        )
         for i, j in itertools.combinations(range(len(artifacts)), 2)
         if exports[i].scheme == exports[j].scheme
     ]
     progress(1, 1)
     return rows
-
-
-def agreement(
-    a: tuple[Export, NDArray[np.float32]],
-    b: tuple[Export, NDArray[np.float32]],
-    floats: Mapping[str, NDArray[np.float32]] | None = None,
-) -> Agreement:
-    """Compare two artifacts' logits on the same images, shape (n, classes) each.
-
-    Args:
-        a: One artifact and its logits.
-        b: The other.
-        floats: Runtimes to their float artifacts' logits, as far as they are known.
-    """
-    (ours, x), (theirs, y) = a, b
-    difference, known = _rms(x, y), floats or {}
-    errors = [
-        _rms(values, known[export.runtime])
-        for export, values in (a, b)
-        if export.scheme != "float" and export.runtime in known
-    ]
-    least = min(errors, default=0.0)
-    return Agreement(
-        a=ours.runtime,
-        b=theirs.runtime,
-        scheme=ours.scheme,
-        kind="host",
-        n=len(x),
-        profile_a=ours.profile,
-        profile_b=theirs.profile,
-        top1_agreement=float((x.argmax(axis=1) == y.argmax(axis=1)).mean()),
-        max_abs_logit_diff=float(np.abs(x - y).max()),
-        rms_logit_diff=difference,
-        diff_over_error=difference / least if least else None,
-        placement_a=ours.placement,
-        placement_b=theirs.placement,
-    )
-
-
-def parity(
-    export: Export,
-    logits: NDArray[np.float32],
-    other: NDArray[np.float32],
-    *,
-    error: NDArray[np.float32],
-    against: Literal["host", "reference"],
-) -> Parity:
-    """Hold an artifact's logits on a device against others of the same images, (n, classes) each.
-
-    Args:
-        export: What the artifact is.
-        logits: The device's.
-        other: What they are held against.
-        error: What quantization does to the reference's logits; all 0 of a float artifact.
-        against: Whose `other` is.
-
-    Returns:
-        The row, its device still to be named.
-    """
-    flipped = np.flatnonzero(logits.argmax(axis=1) != other.argmax(axis=1))
-    leads = np.sort(other[flipped], axis=1)
-    margin = leads[:, -1] - leads[:, -2] if other.shape[1] > 1 else leads[:, -1]
-    difference, lost = _rms(logits, other), _rms(error, np.zeros_like(error))
-    return Parity(
-        device="",
-        runtime=export.runtime,
-        scheme=export.scheme,
-        outcome="measured",
-        against=against,
-        n=len(logits),
-        top1_agreement=1 - len(flipped) / len(logits),
-        max_abs_logit_diff=float(np.abs(logits - other).max()),
-        rms_logit_diff=difference,
-        diff_over_error=difference / lost if lost else None,
-        largest_flip_margin=float(margin.max()) if len(flipped) else None,
-    )
-
-
-def _rms(x: NDArray[np.float32], y: NDArray[np.float32]) -> float:
-    return float(np.sqrt(np.square(x.astype(np.float64) - y).mean()))

@@ -101,8 +101,14 @@ def _required(report: Report, budget: Budget) -> Iterator[Check]:
             outcome="fail" if reasons else "pass",
             value=None,
             limit=None,
-            why="; ".join(reasons) or "what it ships was run, as this budget needs it",
+            why="; ".join(reasons)
+            or f"what it ships was {_how(report, runtime)}, as this budget needs it",
         )
+
+
+def _how(report: Report, runtime: str) -> str:
+    kinds = {row.accuracy.kind for row in report.artifacts if row.runtime == runtime}
+    return "interpreted" if "interpreted" in kinds else "run"
 
 
 def _missing(report: Report, budget: Budget, runtime: str) -> Iterator[str]:

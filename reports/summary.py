@@ -51,8 +51,9 @@ def markdown(report: Report) -> str:
     for row in report.artifacts:
         ratio = next((x.wall_ratio for x in row.latency if x.wall_ratio is not None), None)
         accuracy = row.accuracy
+        how = ", interpreted" if accuracy.kind == "interpreted" else ""
         lines.append(
-            f"| {row.runtime} {row.scheme} | {_percent(accuracy.top1)} "
+            f"| {row.runtime} {row.scheme}{how} | {_percent(accuracy.top1)} "
             f"| {drop_in_points(accuracy)} | {_percent(accuracy.agreement_with_float)} "
             f"| {MISSING if ratio is None else f'{ratio:.2f}'} | {row.size_bytes / 1e6:.2f} MB |"
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import platform
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
@@ -56,6 +57,8 @@ class Capabilities:
             the function is that of every other runtime.
         unsupported_schemes: Schemes it cannot express, with the reason.
         default_isa: The ISA an artifact is made for when none is asked; None is this host's.
+        native_on: The one system that executes its artifacts; elsewhere the runtime interprets
+            them. None where every system executes them.
     """
 
     suffix: str
@@ -70,6 +73,7 @@ class Capabilities:
     float_layers: Mapping[Layer, str] = field(default_factory=dict)
     unsupported_schemes: Mapping[Scheme, str] = field(default_factory=dict)
     default_isa: Isa | None = None
+    native_on: str | None = None
 
     def placements_in(self, form: str) -> tuple[str, ...]:
         """Return the placements that a graph form can express."""
@@ -116,7 +120,10 @@ class Runtime(Protocol):
         """Return the JSON metadata that `export` put in; empty where there is none."""
 
     def can_run(self) -> NotRun | None:
-        """Return why an artifact cannot run on this machine, or None where it can."""
+        """Return why an artifact cannot run on this machine, or None where it can.
+
+        It may run by interpretation, which tells its logits but not its time: `kind_here`.
+        """
 
     def load(self, path: Path, threads: int) -> Session:
         """Load an artifact with this many threads."""
@@ -292,6 +299,13 @@ def runtime(name: str) -> Runtime:
             do="Correct --runtimes",
         )
     return known[name]
+
+
+def kind_here(known: Runtime) -> Kind:
+    """Return how a runtime's artifacts run on this machine: `host`, or `interpreted`."""
+    system = platform.system()
+    here = "macOS" if system == "Darwin" else system
+    return "host" if known.capabilities.native_on in {None, here} else "interpreted"
 
 
 def device(name: str) -> Device:

@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline.store import library_versions
 from pipeline.worker import Worker
-from targets.base import DeviceInfo, Job, NotRun, Samples, run_padded, runtime
+from targets.base import DeviceInfo, Job, NotRun, Samples, kind_here, run_padded, runtime
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -72,8 +72,12 @@ class Local:
         )
 
     def can_run(self, wanted: Runtime) -> NotRun | None:
-        """Ask the runtime: here it runs in this very environment."""
-        return wanted.can_run()
+        """Ask the runtime, which runs in this very environment; interpreting is no running."""
+        cannot = wanted.can_run()
+        if cannot is None and kind_here(wanted) == "interpreted":
+            system = wanted.capabilities.native_on
+            return NotRun(reason=f"interpreted here, which tells no time: {system} runs it")
+        return cannot
 
     def measure(
         self,

@@ -3,18 +3,17 @@
 In: a `Graph`. Out: an .mlpackage folder for iOS 17 / macOS 14 and later, NCHW, float32 between the
 quantize/dequantize pairs, so that scales stay the contract's own (float16 would round the small
 ones of a folded LayerScale to zero). Pointwise layers are 1x1 convolutions, weights int8 constants
-behind constexpr_affine_dequantize. coremltools converts anywhere and predicts on macOS only.
+behind constexpr_affine_dequantize. CoreML executes on macOS only; elsewhere the saved program is
+interpreted, so that an artifact's logits are known wherever it is made.
 """
 
 from __future__ import annotations
 
-import platform
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.errors import ArtifactError
 from pipeline.records import Proof
 from targets import graph as g
 from targets.base import (
@@ -24,9 +23,11 @@ from targets.base import (
     OUTPUT_NAME,
     Capabilities,
     NotRun,
+    kind_here,
     require_installed,
 )
 from targets.runtimes._counts import computing_layers
+from targets.runtimes._mil_file import main_block, read_program, read_spec
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 WEIGHTED_OPS = ("conv", "linear")
 WEIGHT_CONSTANT = "constexpr_affine_dequantize"
 QUANTIZE_OPS = ("quantize", "dequantize")
+LARGEST_BATCH = 256
+"""Of a dynamic batch: an mlprogram must name one, and coremltools would take 2."""
 
 
 class CoreMl:
@@ -58,14 +61,21 @@ class CoreMl:
             "w8a8-dynamic": "CoreML has no op that finds an activation's scale when it runs",
         },
         default_isa="arm",
+        native_on="macOS",
     )
 
     def export(self, graph: g.Graph, path: Path, metadata: str) -> None:
         """Write the .mlpackage; see `targets.base.Runtime`."""
         import coremltools as ct
 
+        batch = graph.export.batch
+        shape = (
+            ct.RangeDim(1, LARGEST_BATCH) if batch == "dynamic" else batch,
+            *graph.ops[0].shape,
+        )
         model = ct.convert(
             _Emitter(graph).program(),
+            inputs=[ct.TensorType(name=INPUT_NAME, shape=shape)],
             convert_to="mlprogram",
             minimum_deployment_target=ct.target.iOS17,
             compute_precision=ct.precision.FLOAT32,
@@ -76,7 +86,7 @@ class CoreMl:
 
     def prove(self, path: Path, graph: g.Graph) -> Proof:
         """Count, in the saved program, layers with an int8 constant and a dequantized input."""
-        operations = _operations(path)
+        operations = main_block(path, read_spec(path))[1].operations
         counts = Counter(op.type for op in operations)
         made_by = {output.name: op.type for op in operations for output in op.outputs}
 
@@ -89,8 +99,7 @@ class CoreMl:
             if op.type in WEIGHTED_OPS and source(op, "weight") == WEIGHT_CONSTANT
         ]
         return Proof(
-            method="int8 constants and quantize ops of the saved program; what the Neural Engine"
-            " makes of them shows on a Mac only",
+            method=f"int8 constants and quantize ops of the saved program; {self._plan(path)}",
             integer_layers=sum(source(op, "x") == "dequantize" for op in packed),
             expected_integer_layers=computing_layers(graph),
             weighted_layers=len(graph.weighted),
@@ -100,28 +109,39 @@ class CoreMl:
             integer_weights=len(packed),
         )
 
+    def _plan(self, path: Path) -> str:
+        if kind_here(self) == "interpreted":
+            return "what the Neural Engine makes of them shows on a Mac only"
+        from targets.runtimes._coreml_plan import preferred_units
+
+        units = preferred_units(path).most_common()
+        return "CoreML's plan: " + ", ".join(
+            f"{count} operations on {unit}" for unit, count in units
+        )
+
     def read_metadata(self, path: Path) -> str:
         """Return this project's user-defined metadata."""
-        return str(_spec(path).description.metadata.userDefined.get(METADATA_KEY, ""))
+        return str(read_spec(path).description.metadata.userDefined.get(METADATA_KEY, ""))
 
     def can_run(self) -> NotRun | None:
-        """Return None on macOS."""
+        """It runs wherever coremltools is installed: off macOS by interpretation."""
         require_installed(self)
-        if platform.system() == "Darwin":
-            return None
-        return NotRun(
-            reason=f"CoreML predicts on macOS only, this is {platform.system()}; "
-            "the artifact's structure was checked"
-        )
+        return None
 
     def op_times(
         self, path: Path, image: Image, *, threads: int, inferences: int
     ) -> list[OpTime] | NotRun:
-        """Return that nothing can be asked: CoreML's profiler is Xcode's."""
-        return NotRun(reason="CoreML has no profiler outside Xcode's Instruments")
+        """Divide a prediction's time as CoreML's plan does; it chooses its own threads."""
+        if kind_here(self) == "interpreted":
+            return NotRun(reason="CoreML tells where its time goes on macOS only")
+        from targets.runtimes._coreml_plan import op_times
+
+        return op_times(path, image, inferences)
 
     def load(self, path: Path, threads: int) -> Session:
-        """Return a session through MLModel.predict; CoreML chooses its own threads."""
+        """Return a session through CoreML, which chooses its own threads, or the interpreter."""
+        if kind_here(self) == "interpreted":
+            return interpreted(path, threads)
         import coremltools as ct
 
         model = ct.models.MLModel(str(path))
@@ -133,22 +153,23 @@ class CoreMl:
         return run
 
 
-def _spec(path: Path) -> Any:
-    import coremltools as ct
+def interpreted(path: Path, threads: int) -> Session:
+    """Return a session that interprets the saved program, on any system.
 
-    try:
-        return ct.utils.load_spec(str(path))
-    except Exception as error:  # coremltools and protobuf raise what they please
-        raise ArtifactError(
-            f"{path} is not an .mlpackage ({type(error).__name__})",
-            allowed="an artifact that `convnext-edge export` wrote",
-            do="Export it again",
-        ) from error
+    Raises:
+        ArtifactError: It has what the interpreter does not know; the message names it.
+    """
+    import torch
 
+    from targets.runtimes._mil import Interpreter
 
-def _operations(path: Path) -> list[Any]:
-    blocks = _spec(path).mlProgram.functions["main"].block_specializations
-    return [op for block in blocks.values() for op in block.operations]
+    torch.set_num_threads(threads)
+    program = Interpreter(read_program(path))
+
+    def run(image: Image) -> Logits:
+        return program(**{INPUT_NAME: image})[OUTPUT_NAME]
+
+    return run
 
 
 class _Emitter:

@@ -93,6 +93,9 @@ def test_doctor_tells_of_every_runtime(home: Path) -> None:
     facts = json.loads(cli("doctor", "--json", cwd=home).stdout)
     names = {row["runtime"] for row in facts["runtimes"]}
     assert names == {"onnx", "openvino", "tflite", "coreml", "reference"}
+    kinds = {row["runtime"]: row["kind"] for row in facts["runtimes"]}
+    assert kinds.pop("coreml") == ("host" if sys.platform == "darwin" else "interpreted")
+    assert set(kinds.values()) == {"host"}
     assert facts["profile"] in {"full", "avx2"}
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline.records import Export
+from pipeline.compare import agreement, compare
+from pipeline.records import Export, Kind
 from pipeline.statistics import paired_difference_interval
-from pipeline.verify import agreement, compare
+from pipeline.verify import agreement_stage
 
 LABELS = np.array([0, 1, 2, 0, 1])
 FLOAT = np.eye(3, dtype=np.float32)[[0, 1, 2, 1, 0]]  # right, right, right, wrong, wrong
@@ -42,7 +45,8 @@ def test_a_drop_is_what_was_lost_less_what_was_gained() -> None:
 
 
 def test_the_same_logits_lose_nothing_and_have_no_noise() -> None:
-    found = compare(FLOAT, FLOAT, LABELS)
+    found = compare(FLOAT, FLOAT, LABELS, "interpreted")
+    assert found.kind == "interpreted"
     assert (found.lost, found.gained, found.drop_pp) == (0, 0, 0)
     assert found.agreement_with_float == 1
     assert found.sqnr_db is None
@@ -58,6 +62,21 @@ def test_a_difference_is_held_against_the_better_one_s_error() -> None:
     assert agreement(*pair).diff_over_error is None
     # Where nothing is lost there is nothing to hold it against.
     assert agreement((_export("onnx"), FLOAT), pair[1], {"onnx": FLOAT}).diff_over_error is None
+
+
+@pytest.mark.parametrize(("a", "b"), [("host", "interpreted"), ("emulated", "host")])
+def test_an_agreement_is_of_the_kind_that_is_further_from_a_device(
+    a: Kind, b: Kind, tmp_path: Path
+) -> None:
+    given = []
+    for name, kind in (("onnx", a), ("coreml", b)):
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "logits.npy", FLOAT)
+        folder = str(tmp_path / name)
+        given.append({"export": asdict(_export(name)), "kind": kind, "folder": folder})
+    (row,) = agreement_stage(given, str(tmp_path), lambda *_: None)
+    assert (row["a"], row["b"]) == ("onnx", "coreml")
+    assert row["kind"] == next(kind for kind in (a, b) if kind != "host")
 
 
 def test_agreement_is_of_the_labels_and_of_the_largest_difference() -> None:

@@ -14,6 +14,7 @@ from pipeline.records import (
     Accuracy,
     Agreement,
     Candidate,
+    Kind,
     Latency,
     Layout,
     Parity,
@@ -179,6 +180,17 @@ def test_float_that_is_shipped_because_it_is_faster_passes_and_counts_as_measure
     untried = shipped.model_copy(update={"layouts": (_layout("float", "float"),)})
     outcomes = {c.name: c.outcome for c in judge(untried, budget).checks}
     assert outcomes["onnx measured"] == "fail"
+
+
+@pytest.mark.parametrize(("kind", "word"), [("host", "run"), ("interpreted", "interpreted")])
+def test_what_was_interpreted_counts_and_is_said(kind: Kind, word: str) -> None:
+    accuracy = Accuracy(outcome="measured", kind=kind, n=N, lost=0, gained=0, top1=0.9)
+    report = _report(_row("coreml", accuracy=accuracy, latency=()))
+    check = _only(report, Budget(require=("coreml",)))
+    assert (check.outcome, f"was {word}," in check.why) == ("pass", True)
+    assert ("coreml w8a8, interpreted |" in markdown(report)) == (kind == "interpreted")
+    timed = judge(report, Budget(require=("coreml",), max_latency_ratio=1.0)).checks[0]
+    assert (timed.name, timed.outcome) == ("coreml measured", "fail")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import re
 import shutil
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -168,6 +169,25 @@ def test_the_scatter_falls_back_without_top1(
     page = _index(full_report.model_copy(update={"artifacts": tuple(rows)}), tmp_path)
     assert axis in page
     assert "No top-1 was measured, so this shows" in page
+
+
+def test_what_was_interpreted_is_said(full_report: Report, tmp_path: Path) -> None:
+    assert "interpreted" not in _index(full_report, tmp_path / "host")
+    rows = [
+        row.model_copy(update={"accuracy": replace(row.accuracy, kind="interpreted")})
+        if row.runtime == "tflite"
+        else row
+        for row in full_report.artifacts
+    ]
+    pairs = [
+        replace(pair, kind="interpreted") if "tflite" in {pair.a, pair.b} else pair
+        for pair in full_report.agreement
+    ]
+    changed = {"artifacts": tuple(rows), "agreement": tuple(pairs)}
+    page = _index(full_report.model_copy(update=changed), tmp_path / "interpreted")
+    of_tflite = sum(pair.kind == "interpreted" for pair in pairs)
+    assert page.count('<small class="why">interpreted</small>') == 2 + of_tflite
+    assert "What is interpreted was computed from the artifact's own program" in page
 
 
 def test_few_samples_explain_a_missing_p90(full_report: Report, tmp_path: Path) -> None:
