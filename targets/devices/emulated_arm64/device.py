@@ -1,0 +1,243 @@
+"""ARM64 boards, emulated: the runtimes' real ARM builds under QEMU's user mode.
+
+In: artifacts and images. Out: logits, and guest instructions per inference, by kind and by symbol.
+An emulator's clock says nothing of a board's, so no time comes out, and no count is made into one.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from pipeline.errors import DeviceError, UsageError
+from targets.base import DeviceInfo, NotRun, Samples
+from targets.devices._exchange import (
+    LOGITS,
+    RESULT,
+    RUNNER,
+    Result,
+    Task,
+    inferring,
+    read_logits,
+    read_result,
+    timing,
+)
+from targets.devices.emulated_arm64 import guest, plugin, sysroot
+from targets.devices.emulated_arm64.counts import read_counts
+from targets.devices.emulated_arm64.profiles import CORES, PROFILES, Profile
+from targets.devices.emulated_arm64.symbols import Symbols, parse_maps
+from targets.devices.local import ISA_FLAGS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pipeline.worker import Progress
+    from targets.base import Image, Job, Logits, Runtime
+
+NAME = "emulated-arm64"
+RUNTIMES = frozenset({"onnx", "openvino", "tflite"})
+COUNTED = 3
+"""Inferences; a first one is not."""
+SMALL, WARM_UP = 96, 8
+"""Up to so many pixels along a side, so many more go before: Python's own code takes that long to
+settle, which shows beside a million instructions."""
+COUNTS, LOG = "counts.txt", "guest.log"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmulatedArm64:
+    """The device `emulated-arm64:PROFILE`."""
+
+    profile: Profile
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return f"{NAME}:{self.profile.name}"
+
+    def probe(self) -> DeviceInfo | NotRun:
+        """Describe the board, or say what must be set up first."""
+        try:
+            guest.require_tools(tuple(guest.TOOLS))
+        except DeviceError as error:
+            return NotRun(reason=str(error))
+        if sysroot.find() is None:
+            return NotRun(reason=f"its sysroot is not built; run: {sysroot.SETUP_COMMAND}")
+        return DeviceInfo(
+            name=self.name,
+            kind="emulated",
+            isa=tuple(flag for flag in ISA_FLAGS if flag in self.profile.features.split()),
+            description=f"{self.profile.describes}, emulated by QEMU",
+            cores=CORES,
+        )
+
+    def can_run(self, wanted: Runtime) -> NotRun | None:
+        """Say whether the sysroot has this runtime."""
+        if wanted.name in RUNTIMES:
+            return None
+        return NotRun(
+            reason=f"{self.name} has no {wanted.name}, only {', '.join(sorted(RUNTIMES))}"
+        )
+
+    def measure(
+        self,
+        jobs: Sequence[Job],
+        image: Image,
+        *,
+        rounds: int,
+        per_round: int,
+        threads: int,
+        progress: Progress,
+    ) -> list[Samples]:
+        """Count each job's instructions in a process of its own; see `targets.base.Device`.
+
+        Counts repeat, so `COUNTED` inferences do, whatever `rounds` and `per_round` say.
+
+        Raises:
+            DeviceError: As the protocol says; and where more than one thread is asked.
+        """
+        if threads != 1:
+            raise DeviceError(
+                f"{self.name} does not count {threads} threads",
+                allowed="1 thread: what several execute while they wait does not repeat",
+                do="Say --threads 1",
+            )
+        found = []
+        for index, job in enumerate(jobs):
+            progress(index, len(jobs), job.label)
+            found.append(self._count(job, image))
+        progress(len(jobs), len(jobs))
+        return found
+
+    def infer(
+        self, job: Job, images: Image, *, batch: int, threads: int, progress: Progress
+    ) -> Logits:
+        """Run images through an artifact; see `targets.base.Device`."""
+        with TemporaryDirectory(prefix="convnext-edge-") as name:
+            folder = Path(name)
+            task = inferring(job, images, folder, batch=batch, threads=threads)
+            self._run(task, folder, progress=progress)
+            return read_logits(folder / LOGITS, len(images), self.name)
+
+    def _count(self, job: Job, image: Image) -> Samples:
+        with TemporaryDirectory(prefix="convnext-edge-") as name:
+            folder = Path(name)
+            task = timing(
+                [job],
+                image,
+                folder,
+                rounds=1,
+                per_round=COUNTED,
+                threads=1,
+                processes=False,
+                marks=True,
+            )
+            small = max(image.shape[2:]) <= SMALL
+            task = replace(task, what={**task.what, "warm_up": WARM_UP if small else 0})
+            result = self._run(task, folder, counter=plugin.built())
+            symbols = Symbols(parse_maps(result.maps or ""))
+            counts = read_counts((folder / COUNTS).read_text(), symbols.name)
+        return Samples(
+            label=job.label,
+            wall_ms=(),
+            cpu_ms=(),
+            load_ms=None,
+            first_ms=None,
+            peak_memory_bytes=None,
+            versions=result.jobs[0].versions,
+            instructions=counts.instructions,
+            instruction_kinds=counts.kinds,
+            symbols=counts.symbols,
+        )
+
+    def _run(
+        self,
+        task: Task,
+        folder: Path,
+        *,
+        progress: Progress | None = None,
+        counter: Path | None = None,
+    ) -> Result:
+        """Run a task in the guest; its files and what it writes lie in `folder`."""
+        root = sysroot.find()
+        if root is None:
+            raise DeviceError(
+                f"{self.name} is not set up",
+                allowed="a sysroot as it was built",
+                do=f"Run: {sysroot.SETUP_COMMAND}",
+            )
+        guest.require_tools((guest.QEMU,))
+        for place, source in task.files.items():
+            if source != folder / place:
+                (folder / place).symlink_to(source.absolute())
+        jobs = task.write(folder)
+        words = guest.command(
+            root,
+            self.profile,
+            [str(RUNNER), str(jobs), str(folder / RESULT)],
+            plugin=counter,
+            counts=folder / COUNTS,
+        )
+        with (
+            (folder / LOG).open("w") as log,
+            subprocess.Popen(
+                words, stdout=subprocess.PIPE, stderr=log, text=True, env=guest.environment(root)
+            ) as process,
+        ):
+            try:
+                for line in process.stdout or ():
+                    if progress is not None:
+                        step = json.loads(line)
+                        progress(step["done"], step["total"])
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode:
+            said = (folder / LOG).read_text(errors="replace").split("\n")
+            raise DeviceError(
+                f"{self.name}: the guest ended with {process.returncode} ({_last(said)})",
+                allowed="an artifact that the runtime's ARM build runs",
+                do="Try another artifact or another profile",
+            )
+        return read_result((folder / RESULT).read_bytes(), task, self.name)
+
+
+def _last(lines: Sequence[str]) -> str:
+    return next((line.strip() for line in reversed(lines) if line.strip()), "silent")
+
+
+class Family:
+    """The emulated boards, by profile."""
+
+    name = NAME
+
+    def found(self) -> tuple[str, ...]:
+        """Return every profile: none has to be plugged in."""
+        return tuple(PROFILES)
+
+    def at(self, address: str) -> EmulatedArm64:
+        """Return the board with this profile; see `targets.base.DeviceFamily`."""
+        if address not in PROFILES:
+            raise UsageError(
+                f"{NAME} has no profile {address or 'without a name'}",
+                allowed=", ".join(PROFILES),
+                do="Correct --device",
+            )
+        return EmulatedArm64(profile=PROFILES[address])
+
+    def setup(self, progress: Progress) -> str:
+        """Build what the boards need, once.
+
+        Raises:
+            DeviceError: A tool is missing, or a download failed.
+            OutputError: The cache cannot be written.
+        """
+        plugin.built()
+        return str(sysroot.setup(progress))
+
+
+DEVICES = Family()
