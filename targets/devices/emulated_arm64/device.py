@@ -6,6 +6,7 @@ An emulator's clock says nothing of a board's, so no time comes out, and no coun
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pipeline.errors import DeviceError, UsageError
+from pipeline.worker import silent
 from targets.base import DeviceInfo, NotRun, Samples
 from targets.devices._exchange import (
     LOGITS,
@@ -159,7 +161,7 @@ class EmulatedArm64:
         task: Task,
         folder: Path,
         *,
-        progress: Progress | None = None,
+        progress: Progress = silent,
         counter: Path | None = None,
     ) -> Result:
         """Run a task in the guest; its files and what it writes lie in `folder`."""
@@ -190,12 +192,10 @@ class EmulatedArm64:
         ):
             try:
                 for line in process.stdout or ():
-                    if progress is not None:
-                        step = json.loads(line)
-                        progress(step["done"], step["total"])
-            except BaseException:
+                    _tell(line, progress)
+                process.wait()
+            finally:
                 process.kill()
-                raise
         if process.returncode:
             said = (folder / LOG).read_text(errors="replace").split("\n")
             raise DeviceError(
@@ -204,6 +204,13 @@ class EmulatedArm64:
                 do="Try another artifact or another profile",
             )
         return read_result((folder / RESULT).read_bytes(), task, self.name)
+
+
+def _tell(line: str, progress: Progress) -> None:
+    """Pass a line of progress on; a guest that is killed may cut one off."""
+    with contextlib.suppress(ValueError, LookupError):
+        said = json.loads(line)
+        progress(said["done"], said["total"])
 
 
 def _last(lines: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ profile, in which the CPU's own /proc and /sys stand beside them. Nothing of it 
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -62,8 +63,8 @@ def cache_folder() -> Path:
 
 
 def find() -> Path | None:
-    """Return the sysroot, or None where none is built, or one that has changed since."""
-    return _store().find(_stage())
+    """Return the sysroot, or None where none is built, or one whose files have changed."""
+    return _store(cache_folder()).find(_stage())
 
 
 def setup(progress: Progress) -> Path:
@@ -90,13 +91,15 @@ def setup(progress: Progress) -> Path:
         progress(3, STEPS, "first start")
         _start(folder)
 
-    found = _store().get(_stage(), make)
+    found = _store(cache_folder()).get(_stage(), make)
     progress(STEPS, STEPS, str(found))
     return found
 
 
-def _store() -> Store:
-    return Store(cache_folder() / "emulated-arm64")
+@functools.cache
+def _store(cache: Path) -> Store:
+    """Return the one store of this process: it looks at every file, but not twice."""
+    return Store(cache / "emulated-arm64")
 
 
 def _stage() -> Stage:
