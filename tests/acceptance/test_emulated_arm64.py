@@ -62,7 +62,7 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("embedded")
     command = [sys.executable, "-P", "-m", "pipeline.cli", "run", "--out", str(out)]
     command += ["--runtimes", ",".join([*RUNTIMES, "reference"]), "--isa", "arm"]
-    command += ["--tune", "off", "--no-bench", "--eval-images", "20"]
+    command += ["--placement", "pointwise-io", "--tune", "off", "--no-bench", "--eval-images", "20"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return out / "artifacts"

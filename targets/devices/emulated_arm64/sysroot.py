@@ -68,7 +68,7 @@ def find() -> Path | None:
 
 
 def setup(progress: Progress) -> Path:
-    """Return the sysroot, built now where it is not there yet.
+    """Return the sysroot, built now where it is not there yet; those of other versions are removed.
 
     Args:
         progress: Called at each step, with its name.
@@ -92,6 +92,9 @@ def setup(progress: Progress) -> Path:
         _start(folder)
 
     found = _store(cache_folder()).get(_stage(), make)
+    for other in found.parent.glob("sysroot-*"):
+        if other != found:
+            shutil.rmtree(other)
     progress(STEPS, STEPS, str(found))
     return found
 

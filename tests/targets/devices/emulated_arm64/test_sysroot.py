@@ -68,6 +68,15 @@ def test_one_that_has_changed_is_built_again(built: list[str]) -> None:
 
 
 @pytest.mark.usefixtures("built")
+def test_that_of_another_version_is_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = sysroot.setup(silent)
+    monkeypatch.setattr(sysroot, "SUITE", "trixie")
+    made = sysroot.setup(silent)
+    assert list(made.parent.iterdir()) == [made]
+    assert made != other
+
+
+@pytest.mark.usefixtures("built")
 def test_a_view_shows_its_cpu_beside_what_all_share() -> None:
     made = sysroot.setup(silent)
     for name, profile in PROFILES.items():
