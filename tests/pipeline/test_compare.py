@@ -71,7 +71,8 @@ def test_agreement_is_of_the_labels_and_of_the_largest_difference() -> None:
 def test_a_device_s_logits_are_held_against_the_host_s() -> None:
     error = np.full_like(FLOAT, 0.25)
     found = parity(_export("tflite"), OTHER, FLOAT, error=error, against="host")
-    assert (found.n, found.against, found.top1_agreement) == (5, "host", pytest.approx(2 / 5))
+    assert (found.n, found.against) == (5, "host")
+    assert found.top1_agreement == pytest.approx(2 / 5)
     assert found.max_abs_logit_diff == 1
     # Six of fifteen values differ by 1.
     assert found.rms_logit_diff == pytest.approx((6 / 15) ** 0.5)
