@@ -76,22 +76,29 @@ def _cli(session: nox.Session, *arguments: str) -> None:
 def _browser(session: nox.Session) -> None:
     """Have a browser for the test that looks at the report page."""
     if not any(shutil.which(name) for name in BROWSERS):
-        _debian(session, "chromium", "the page is not looked at in a browser")
+        _debian(session, ["chromium"], "the page is not looked at in a browser")
 
 
 def _sshd(session: nox.Session) -> None:
     """Have a server for the tests of devices over SSH."""
     if not shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
-        _debian(session, "openssh-server", "devices over SSH are not tested")
+        _debian(session, ["openssh-server"], "devices over SSH are not tested")
 
 
-def _debian(session: nox.Session, package: str, otherwise: str) -> None:
-    """Install a package of Debian's, where that is possible."""
+def _emulator(session: nox.Session) -> None:
+    """Have what emulated ARM64 boards need."""
+    if not all(shutil.which(name) for name in ("qemu-aarch64", "mmdebstrap", "gcc")):
+        packages = ["qemu-user", "mmdebstrap", "gcc", "libc6-dev"]
+        _debian(session, packages, "the tests of emulated ARM64 fail")
+
+
+def _debian(session: nox.Session, packages: list[str], otherwise: str) -> None:
+    """Install packages of Debian's, where that is possible."""
     if shutil.which("apt-get") and hasattr(os, "geteuid") and os.geteuid() == 0:
         session.run("apt-get", "update", external=True)
-        session.run("apt-get", "install", "--yes", package, external=True)
+        session.run("apt-get", "install", "--yes", *packages, external=True)
     else:
-        session.warn(f"no {package} here: install it, or {otherwise}")
+        session.warn(f"no {' '.join(packages)} here: install it, or {otherwise}")
 
 
 def _run_folder(session: nox.Session) -> tuple[str, ...]:
@@ -135,6 +142,7 @@ def acceptance(session: nox.Session) -> None:
     _install(session)
     if not SHARED_DATA.is_dir():
         session.error(f"{SHARED_DATA} is not here: these tests cannot run")
+    _emulator(session)
     _pytest(session, "-m", "acceptance")
 
 

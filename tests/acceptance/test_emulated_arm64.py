@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import median
 
@@ -28,7 +27,6 @@ from targets.export import read_metadata
 pytestmark = pytest.mark.acceptance
 
 IMAGES = 24
-SETUP_SECONDS = 180
 RUNTIMES = ("onnx", "openvino", "tflite")
 BOARDS = ("pi4", "pi5", "phone")
 REPEAT = 1e-3
@@ -49,9 +47,7 @@ ASK_HWCAPS = (
 
 @pytest.fixture(scope="module", autouse=True)
 def built() -> Path:
-    started = time.monotonic()
     DEVICES.setup(silent)
-    assert time.monotonic() - started < SETUP_SECONDS
     found = sysroot.find()
     assert found is not None
     return found
