@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from pipeline.display import Display
     from pipeline.records import Accuracy, Latency
     from pipeline.sidecar import Sidecar
+    from pipeline.worker import Worker
     from reports.document import Report
     from targets.base import DeviceInfo
 
@@ -246,16 +247,18 @@ class _Run:
         if steps.bench and self.recipe.bench:
             _check_threads(self.device, self.recipe.threads)
         self.display.preprocessing(self.preprocessing, self.sidecar.source)
-        loaded, model = self._checkpoint()
-        if self.recipe.float_layers:
-            placement = self.exports.integers().placement
-            check_layers(self.recipe.float_layers, model.architecture, placement)
-        with self.display.stage("data") as progress:
-            data = choose(self.recipe, model, progress)
-        if self.recipe.max_drop is not None:
-            check_decidable(self.recipe.max_drop, data)
-        calibrated = self._calibrate(loaded, data)
-        quantized = self._quantize(loaded, model, data, calibrated)
+        # Three stages that follow one another share a process: torch is slow to import.
+        with self.stages.worker(MODEL) as worker:
+            loaded, model = self._checkpoint(worker)
+            if self.recipe.float_layers:
+                placement = self.exports.integers().placement
+                check_layers(self.recipe.float_layers, model.architecture, placement)
+            with self.display.stage("data") as progress:
+                data = choose(self.recipe, model, progress)
+            if self.recipe.max_drop is not None:
+                check_decidable(self.recipe.max_drop, data)
+            calibrated = self._calibrate(worker, loaded, data)
+            quantized = self._quantize(worker, loaded, model, data, calibrated)
         integers = quantized.folder
         if self.recipe.max_drop is not None:
             integers = self._tune(self.recipe.max_drop, steps, quantized, loaded, model, data)
@@ -336,7 +339,7 @@ class _Run:
 
     # --- stages, in the order of the flow ------------------------------------------------------
 
-    def _checkpoint(self) -> tuple[Done, Checkpoint]:
+    def _checkpoint(self, worker: Worker) -> tuple[Done, Checkpoint]:
         how: dict[str, Any] = {
             "where": self.located.path,
             "weights": self.recipe.weights,
@@ -351,13 +354,13 @@ class _Run:
             settings={**how, "sidecar": asdict(self.sidecar)},
             libraries=("torch", "safetensors"),
         )
-        done = self.stages.do(stage, "pipeline.checkpoint:load_stage", **how)
+        done = self.stages.do(stage, "pipeline.checkpoint:load_stage", worker=worker, **how)
         for warning in done.value["warnings"]:
             self.display.note(f"[yellow]odd weights:[/] {warning}")
         record = (done.folder / "checkpoint.json").read_bytes()
         return done, TypeAdapter(Checkpoint).validate_json(record)
 
-    def _calibrate(self, loaded: Done, data: Data) -> Done:
+    def _calibrate(self, worker: Worker, loaded: Done, data: Data) -> Done:
         how = asdict(self.preprocessing)
         stage = Stage(
             name="calibrate",
@@ -370,6 +373,7 @@ class _Run:
         return self.stages.do(
             stage,
             "pipeline.calibrate:calibrate_stage",
+            worker=worker,
             shared=True,
             workers=spare_workers(data.calibration.source.n, self.stages.cores),
             model=str(loaded.folder),
@@ -377,7 +381,9 @@ class _Run:
             preprocessing=how,
         )
 
-    def _quantize(self, loaded: Done, checkpoint: Checkpoint, data: Data, calibrated: Done) -> Done:
+    def _quantize(
+        self, worker: Worker, loaded: Done, checkpoint: Checkpoint, data: Data, calibrated: Done
+    ) -> Done:
         how, wanted = asdict(self.preprocessing), asdict(self.exports.integers())
         parents = {"checkpoint": checkpoint.sha256, "calibration": data.calibration.source.sha256}
         inputs = {**parents, "loaded": loaded.folder.name}
@@ -391,6 +397,7 @@ class _Run:
                 libraries=("torch", "numpy", "pillow"),
             ),
             "pipeline.quantize:quantize_stage",
+            worker=worker,
             model=str(loaded.folder),
             statistics=str(statistics),
             selection=asdict(data.calibration.selection),
