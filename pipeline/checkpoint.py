@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from pipeline.convnext import ConvNeXt, count_macs, count_parameters, empty, variant
 from pipeline.dialect import dialect_of
 from pipeline.errors import CheckpointError
 from pipeline.infer import infer_architecture
+from pipeline.loaded import RECORD, TENSORS, read_record
 from pipeline.locate import locate
 from pipeline.records import IMAGE_CHANNELS, Architecture, Checkpoint, to_json
 from pipeline.sidecar import read_sidecar
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from pipeline.worker import Progress
 
 METADATA_KEY = "convnext-edge"
-RECORD, TENSORS = "checkpoint.json", "tensors.safetensors"
 NAMED = 3
 """How many names a message shows before it only counts."""
 
@@ -128,11 +128,6 @@ def write(folder: Path, loaded: LoadedCheckpoint) -> None:
 def read(folder: Path) -> tuple[Checkpoint, dict[str, Tensor]]:
     """Read what `write` wrote."""
     return read_record(folder), safetensors.torch.load_file(folder / TENSORS)
-
-
-def read_record(folder: Path) -> Checkpoint:
-    """Read the record alone."""
-    return TypeAdapter(Checkpoint).validate_json((folder / RECORD).read_bytes())
 
 
 def load_stage(

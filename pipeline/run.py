@@ -28,6 +28,7 @@ from pipeline.exports import ARTIFACTS, MODEL_FILES, Exports
 from pipeline.finetune import Course, Finetuner, require_trainable
 from pipeline.lab import PLACES, Lab, Outputs, kept_places
 from pipeline.layouts import LAYOUTS, kept_layouts
+from pipeline.loaded import read_record
 from pipeline.locate import locate
 from pipeline.measure import Timing, Verification, time_saved
 from pipeline.placements import check_layers
@@ -357,8 +358,7 @@ class _Run:
         done = self.stages.do(stage, "pipeline.checkpoint:load_stage", worker=worker, **how)
         for warning in done.value["warnings"]:
             self.display.note(f"[yellow]odd weights:[/] {warning}")
-        record = (done.folder / "checkpoint.json").read_bytes()
-        return done, TypeAdapter(Checkpoint).validate_json(record)
+        return done, read_record(done.folder)
 
     def _calibrate(self, worker: Worker, loaded: Done, data: Data) -> Done:
         how = asdict(self.preprocessing)

@@ -16,9 +16,9 @@ from pydantic import TypeAdapter
 
 from calib.images import select
 from calib.preprocess import batches, check_readable
-from pipeline import checkpoint
 from pipeline.compare import agreement, compare
 from pipeline.distributed import group
+from pipeline.loaded import read_record
 from pipeline.records import Export, Preprocessing, Selection
 from targets.base import kind_here, run_padded, runtime
 
@@ -64,6 +64,8 @@ def float_stage(
         `top1` and `n`; `skipped`, the names of images that could not be decoded.
     """
     import torch
+
+    from pipeline import checkpoint
 
     how = TypeAdapter(Preprocessing).validate_python(preprocessing)
 
@@ -171,7 +173,7 @@ def _over_images(
     """Run something over every image, in the images' order, however many processes share them."""
 
     def over(ranks: Group) -> _Part:
-        images = select(selection, checkpoint.read_record(Path(model)))
+        images = select(selection, read_record(Path(model)))
         images = replace(images, entries=tuple(ranks.shard(images.entries)))
         run, part = load(), _Part([], [], [], len(images.entries))
         progress(0, part.n)

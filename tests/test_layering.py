@@ -20,7 +20,7 @@ LEVELS = (
         "pipeline.statistics",
     },
     {"pipeline.worker", "pipeline.locate", "pipeline.recorder"},
-    {"pipeline.distributed", "pipeline.sidecar"},
+    {"pipeline.distributed", "pipeline.sidecar", "pipeline.loaded"},
     {"pipeline.convnext", "pipeline.pickled", "pipeline.tensorfile", "pipeline.dialects"},
     {"pipeline.trace", "pipeline.placements", "pipeline.dialect", "pipeline.infer"},
     {"pipeline.checkpoint"},
