@@ -155,6 +155,27 @@ def gate(
     raise typer.Exit(GATE_EXIT[judged.outcome])
 
 
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="The earlier run folder.")],
+    after: Annotated[Path, typer.Argument(help="The later one.")],
+    clock: Annotated[str, typer.Option(help="wall or cpu.")] = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Tell which artifacts became faster or slower between two run folders."""
+    from dataclasses import asdict
+
+    from reports.comparison import compare_runs, show
+
+    if clock not in {"wall", "cpu"}:
+        raise UsageError(f"--clock is {clock!r}", allowed="wall, cpu", do="Correct --clock")
+    found = compare_runs(before, after, "cpu" if clock == "cpu" else "wall")
+    if as_json:
+        sys.stdout.write(json.dumps([asdict(one) for one in found], indent=2) + "\n")
+    else:
+        show(found, out_console)
+
+
 # --- looking ------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,206 @@
+"""Two run folders' latencies beside each other: what changed, and by how much.
+
+In: two run folders, the earlier one first. Out: a `Change` for every artifact that both measured
+on the same device. A change is one where a rank test says so AND its factor is large enough to
+matter: of enough samples every difference is significant, and of few every factor is large.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import TypeAdapter, ValidationError
+from rich.table import Table
+
+from pipeline.benchmark import PER_ROUND
+from pipeline.errors import ArtifactError
+from pipeline.statistics import change
+from reports.document import read_report
+from targets.base import Samples
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from pipeline.records import Latency
+    from reports.document import ArtifactRow, Report
+
+SIGNIFICANT = 0.01
+SMALLEST_TIME_FACTOR, SMALLEST_COUNT_FACTOR = 1.05, 1.01
+"""Below it a difference does not matter: of times, of counted instructions."""
+
+Verdict = Literal["faster", "slower", "no change shown", "not comparable"]
+Clock = Literal["wall", "cpu"]
+
+_SAMPLES = TypeAdapter(list[Samples])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """What became of one artifact on one device; times in milliseconds, or counts.
+
+    Attributes:
+        device: Where.
+        threads: As measured.
+        runtime: The artifact's.
+        scheme: The artifact's.
+        unit: `wall ms`, `cpu ms` or `instructions`.
+        before: Median of the earlier run; None where it has none.
+        after: Of the later one.
+        factor: After over before.
+        ci95: Of the factor; None of counts, which repeat.
+        p_value: Of the rank test; None of counts.
+        verdict: What follows.
+        why: In words.
+    """
+
+    device: str
+    threads: int | None
+    runtime: str
+    scheme: str
+    unit: str
+    before: float | None
+    after: float | None
+    factor: float | None
+    ci95: tuple[float, float] | None
+    p_value: float | None
+    verdict: Verdict
+    why: str
+
+
+def compare_runs(before: Path, after: Path, clock: Clock) -> list[Change]:
+    """Compare the latencies of two run folders.
+
+    Args:
+        before: The earlier run folder.
+        after: The later one.
+        clock: Which time counts.
+
+    Raises:
+        ArtifactError: A folder has no report, or its raw samples are damaged.
+    """
+    old, new = read_report(before), read_report(after)
+    known = {
+        (row.runtime, row.scheme, one.device, one.threads): (row, one)
+        for row in old.artifacts
+        for one in row.latency
+    }
+    found = []
+    for row in new.artifacts:
+        for one in row.latency:
+            was = known.get((row.runtime, row.scheme, one.device, one.threads))
+            if was is not None and "measured" in {one.outcome, was[1].outcome}:
+                unlike = _unlike((old, *was), (new, row, one))
+                found.append(_changed((before, was[1]), (after, one), row, unlike, clock))
+    return found
+
+
+def _unlike(
+    old: tuple[Report, ArtifactRow, Latency], new: tuple[Report, ArtifactRow, Latency]
+) -> str | None:
+    """Say why two measurements cannot be compared."""
+    (before, was, then), (after, row, now) = old, new
+    for one, when in ((then, "earlier"), (now, "later")):
+        if one.outcome != "measured":
+            return f"the {when} run did not measure it: {one.reason}"
+    if then.kind == "host" and before.host.cpu != after.host.cpu:
+        return f"measured on {before.host.cpu} and on {after.host.cpu}"
+    if before.model.input_size != after.model.input_size or was.batch != row.batch:
+        return "the inputs have other shapes"
+    return None
+
+
+def _changed(
+    old: tuple[Path, Latency],
+    new: tuple[Path, Latency],
+    row: ArtifactRow,
+    unlike: str | None,
+    clock: Clock,
+) -> Change:
+    (_, then), (_, now) = old, new
+    counted = now.instructions is not None and then.instructions is not None
+    was, is_ = (
+        (then.instructions, now.instructions)
+        if counted
+        else (then.cpu_p50_ms, now.cpu_p50_ms)
+        if clock == "cpu"
+        else (then.wall_p50_ms, now.wall_p50_ms)
+    )
+    factor, ci95, p_value = (is_ / was if was and is_ else None), None, None
+    verdict: Verdict = "not comparable"
+    why = unlike or "one of the runs has too few samples"
+    if unlike is None and counted and factor is not None:
+        verdict, why = _word(factor, SMALLEST_COUNT_FACTOR), "counts repeat: no test is needed"
+    elif unlike is None and not counted:
+        raw = [_raw(folder, one, row, clock) for folder, one in (old, new)]
+        if (tested := change(*raw, per_round=PER_ROUND)) is not None:
+            factor, ci95, p_value = tested
+            verdict, why = _tested(factor, ci95, p_value)
+    return Change(
+        device=now.device,
+        threads=now.threads,
+        runtime=row.runtime,
+        scheme=row.scheme,
+        unit="instructions" if counted else f"{clock} ms",
+        before=was,
+        after=is_,
+        factor=factor,
+        ci95=ci95,
+        p_value=p_value,
+        verdict=verdict,
+        why=why,
+    )
+
+
+def _tested(factor: float, ci95: tuple[float, float], p_value: float) -> tuple[Verdict, str]:
+    if p_value >= SIGNIFICANT or ci95[0] <= 1 <= ci95[1]:
+        return "no change shown", f"p = {p_value:.2g}: it may be noise"
+    word = _word(factor, SMALLEST_TIME_FACTOR)
+    if word == "no change shown":
+        return word, f"p = {p_value:.2g}, but a factor below {SMALLEST_TIME_FACTOR}"
+    return word, f"p = {p_value:.2g}, and a factor of more than {SMALLEST_TIME_FACTOR}"
+
+
+def _word(factor: float, smallest: float) -> Verdict:
+    if factor > smallest:
+        return "slower"
+    return "faster" if factor < 1 / smallest else "no change shown"
+
+
+def _raw(folder: Path, one: Latency, row: ArtifactRow, clock: Clock) -> tuple[float, ...]:
+    """Return the raw samples behind a latency."""
+    file = folder / (one.samples_file or "")
+    try:
+        rows = _SAMPLES.validate_json(file.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise ArtifactError(
+            f"{file} holds no raw samples ({type(error).__name__})",
+            allowed="the samples that `convnext-edge bench` wrote beside its report",
+            do="Run `convnext-edge bench` on that folder again",
+        ) from error
+    times: Iterator[tuple[float, ...]] = (
+        item.cpu_ms if clock == "cpu" else item.wall_ms for item in rows if item.label == row.scheme
+    )
+    return next(times, ())
+
+
+def show(changes: list[Change], console: Console) -> None:
+    """Print the changes as a table."""
+    table = Table("artifact", "device", "before", "after", "factor", "95 %", "verdict", "why")
+    for one in changes:
+        times = ["—" if value is None else f"{value:,.4g}" for value in (one.before, one.after)]
+        if one.unit == "instructions":
+            times = [f"{value:,.0f}" for value in (one.before, one.after) if value is not None]
+        table.add_row(
+            f"{one.runtime} {one.scheme}",
+            f"{one.device}, {one.threads} thread{'s' if one.threads != 1 else ''}",
+            *times,
+            "—" if one.factor is None else f"{one.factor:.3f}",
+            "—" if one.ci95 is None else f"{one.ci95[0]:.3f} to {one.ci95[1]:.3f}",
+            one.verdict,
+            one.why,
+        )
+    console.print(table)

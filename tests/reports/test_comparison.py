@@ -1,0 +1,142 @@
+"""Two runs' latencies beside each other: significance and factor together, on planted samples."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import TypeAdapter
+
+from pipeline.benchmark import PER_ROUND, ROUNDS
+from pipeline.errors import ArtifactError
+from pipeline.statistics import change
+from reports.comparison import compare_runs
+from reports.document import read_report
+from targets.base import Samples
+
+FILE = "samples/local-onnx/samples.json"
+
+
+def samples(label: str, ms: float, *, noise: float = 0.01, seed: int = 0) -> Samples:
+    drawn = np.random.default_rng(seed).lognormal(0, noise, ROUNDS * PER_ROUND)
+    times = tuple(float(ms * value) for value in drawn)
+    return Samples(
+        label=label,
+        wall_ms=tuple(2 * value for value in times),
+        cpu_ms=times,
+        load_ms=1.0,
+        first_ms=1.0,
+        peak_memory_bytes=1,
+        versions={},
+    )
+
+
+def run_folder(folder: Path, item: Samples, *, cpu: str = "a cpu", **latency: Any) -> Path:
+    (folder / FILE).parent.mkdir(parents=True)
+    (folder / FILE).write_bytes(TypeAdapter(list[Samples]).dump_json([item]))
+    row = {
+        "device": "local", "outcome": "measured", "kind": "host", "threads": 1,
+        "n": len(item.cpu_ms), "cpu_p50_ms": float(np.median(item.cpu_ms)),
+        "wall_p50_ms": float(np.median(item.wall_ms)), "samples_file": FILE,
+    }  # fmt: skip
+    report = {
+        "schema": 1,
+        "host": {"cpu": cpu, "isa": [], "os": "os", "python": "3", "packages": {}},
+        "model": {
+            "checkpoint_sha256": "c", "dialect": "own", "variant": "custom", "params": 1,
+            "macs": 1, "input_size": 32, "classes": 10,
+        },
+        "data": {"calibration": None, "evaluation": None},
+        "float": {"top1": None, "n": None},
+        "artifacts": [{
+            "runtime": "onnx", "scheme": item.label, "placement": "all", "graph_form": "f",
+            "path": "p", "sha256": "0", "size_bytes": 1,
+            "accuracy": {"outcome": "not_run", "reason": "not asked"}, "latency": [row | latency],
+        }],
+        "agreement": [],
+        "gate": {"outcome": "not_run", "checks": []},
+    }  # fmt: skip
+    (folder / "report.json").write_text(json.dumps(report))
+    read_report(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("factor", "noise", "verdict"),
+    [
+        (1.5, 0.01, "slower"),
+        (0.5, 0.01, "faster"),
+        (1.02, 0.001, "no change shown"),  # significant, and too small to matter
+        (1.2, 0.6, "no change shown"),  # large, and no more than noise
+        (1.0, 0.01, "no change shown"),
+    ],
+)
+def test_a_change_needs_significance_and_a_factor(
+    factor: float, noise: float, verdict: str, tmp_path: Path
+) -> None:
+    before = run_folder(tmp_path / "a", samples("w8a8", 4.0, noise=noise))
+    after = run_folder(tmp_path / "b", samples("w8a8", 4.0 * factor, noise=noise, seed=1))
+    (found,) = compare_runs(before, after, "cpu")
+    assert found.verdict == verdict
+    assert found.unit == "cpu ms"
+    assert found.factor is not None
+    assert found.ci95 is not None
+    if noise <= 0.01:
+        assert found.factor == pytest.approx(factor, rel=0.01)
+        assert found.ci95[0] <= found.factor <= found.ci95[1]
+    if verdict in {"slower", "faster"}:
+        assert found.p_value is not None
+        assert found.p_value < 0.01
+
+
+def test_another_cpu_is_not_comparable(tmp_path: Path) -> None:
+    before = run_folder(tmp_path / "a", samples("w8a8", 4.0))
+    after = run_folder(tmp_path / "b", samples("w8a8", 8.0), cpu="another")
+    (found,) = compare_runs(before, after, "wall")
+    assert (found.verdict, found.p_value) == ("not comparable", None)
+    assert "another" in found.why
+
+
+@pytest.mark.parametrize(
+    ("count", "verdict"),
+    [(1011, "slower"), (1010, "no change shown"), (991, "no change shown"), (980, "faster")],
+)
+def test_counts_need_no_test(count: int, verdict: str, tmp_path: Path) -> None:
+    nothing = replace(samples("w8a8", 1.0), wall_ms=(), cpu_ms=())
+    how: dict[str, Any] = {"kind": "emulated", "cpu_p50_ms": None, "wall_p50_ms": None}
+    before = run_folder(tmp_path / "a", nothing, cpu="one host", **how, instructions=1000)
+    after = run_folder(tmp_path / "b", nothing, cpu="another", **how, instructions=count)
+    (found,) = compare_runs(before, after, "cpu")
+    assert (found.verdict, found.unit, found.factor) == (verdict, "instructions", count / 1000)
+
+
+def test_what_one_run_did_not_measure_is_said(tmp_path: Path) -> None:
+    before = run_folder(tmp_path / "a", samples("w8a8", 4.0))
+    after = run_folder(
+        tmp_path / "b", samples("w8a8", 4.0), outcome="not_run", reason="no board", cpu_p50_ms=None
+    )
+    (found,) = compare_runs(before, after, "cpu")
+    assert found.verdict == "not comparable"
+    assert "the later run did not measure it: no board" in found.why
+
+
+def test_lost_samples_are_one_line(tmp_path: Path) -> None:
+    before = run_folder(tmp_path / "a", samples("w8a8", 4.0))
+    after = run_folder(tmp_path / "b", samples("w8a8", 4.0))
+    (after / FILE).write_text("[")
+    with pytest.raises(ArtifactError, match="holds no raw samples"):
+        compare_runs(before, after, "cpu")
+
+
+def test_samples_of_a_round_count_once() -> None:
+    # Nine copies of each round's value are no more evidence than one.
+    rounds = np.random.default_rng(0).normal(1, 0.1, (2, 8))
+    few = change(*(np.repeat(r, 9).tolist() for r in rounds), per_round=9)
+    many = change(*(np.repeat(r, 90).tolist() for r in rounds), per_round=90)
+    assert few is not None
+    assert many is not None
+    assert few[2] == many[2]
