@@ -40,6 +40,11 @@ class Profile:
     describes: str
     most_mhz: int
 
+    @property
+    def midr(self) -> int:
+        """The register that names the core: implementer, variant, architecture, part, revision."""
+        return 0x41 << 24 | 0xF << 16 | self.part << 4 | 1
+
     def files(self) -> dict[str, str]:
         """Return the files of /proc and /sys, by their path without the leading slash."""
         one = (
@@ -54,6 +59,7 @@ class Profile:
         found[f"{cpu}/kernel_max"] = "255\n"
         for n in range(CORES):
             found |= {
+                f"{cpu}/cpu{n}/regs/identification/midr_el1": f"{self.midr:#018x}\n",
                 f"{cpu}/cpu{n}/topology/physical_package_id": "0\n",
                 f"{cpu}/cpu{n}/topology/core_id": f"{n}\n",
                 f"{cpu}/cpu{n}/topology/core_siblings_list": every,
