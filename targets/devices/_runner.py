@@ -248,6 +248,7 @@ def load(job: Answer, folder: Path, threads: int) -> tuple[Run, dict[str, str]]:
 
 def load_onnx(path: str, threads: int) -> tuple[Run, str]:
     """Load into onnxruntime, on the CPU."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # a thread beside what is timed
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -392,8 +393,9 @@ def written(path: Path) -> Iterator[Path]:
 
 def in_a_line(error: Exception) -> str:
     """Return what went wrong in one short line."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first[:300]}"
+    # Libraries in C++ say where it was thrown first, and what is wrong last.
+    last = (str(error).strip().splitlines() or [""])[-1].strip()
+    return f"{type(error).__name__}: {last[:300]}"
 
 
 if __name__ == "__main__":

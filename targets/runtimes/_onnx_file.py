@@ -6,6 +6,7 @@ provider is asked for.
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +95,8 @@ def session(
         optimised: Takes the graph that it really executes.
         profiled: The beginning of the name of the file that takes the time of every operation.
     """
+    # Its sender is a thread beside what is timed, and tells others what is run here.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
