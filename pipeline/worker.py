@@ -29,10 +29,11 @@ from pipeline.errors import EdgeError, WorkerError
 from pipeline.store import cannot_write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from types import TracebackType
 
 PROGRESS_SECONDS = 0.05
+NOTHING: Mapping[str, str] = {}
 NO_ROOM = os.strerror(errno.ENOSPC)
 UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG})
 
@@ -74,11 +75,15 @@ class Worker:
         log: The file that takes the process's standard error.
         patience: Seconds that the process has to save its work when it is ended in the middle of
             it; 0 ends it at once.
+        environment: Variables that the process has beside this one's.
     """
 
-    def __init__(self, log: Path, patience: float = 0.0) -> None:
+    def __init__(
+        self, log: Path, patience: float = 0.0, environment: Mapping[str, str] = NOTHING
+    ) -> None:
         self.log = log
         self.patience = patience
+        self.environment = environment
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -159,6 +164,7 @@ class Worker:
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
+                    env={**os.environ, **self.environment},
                     # Ctrl-C is this process's to handle: it ends its workers itself.
                     start_new_session=True,
                 )

@@ -20,11 +20,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.store import library_versions
-from pipeline.worker import Worker
+from pipeline.worker import NOTHING, Worker
 from targets.base import DeviceInfo, Job, NotRun, Samples, kind_here, run_padded, runtime
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from pipeline.records import Isa
     from pipeline.worker import Progress
@@ -56,9 +56,11 @@ class Local:
     Attributes:
         loader: `module:function` that loads an artifact in a worker process; it takes what
             `load_artifact` takes.
+        environment: Variables of the worker processes.
     """
 
     name = "local"
+    environment: Mapping[str, str] = NOTHING
     loader = f"{__name__}:load_artifact"
 
     def probe(self) -> DeviceInfo | NotRun:
@@ -94,7 +96,8 @@ class Local:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="convnext-edge-")))
             np.save(folder / "image.npy", image)
             workers = [
-                stack.enter_context(Worker(folder / f"{index}.log")) for index in range(len(jobs))
+                stack.enter_context(Worker(folder / f"{i}.log", environment=self.environment))
+                for i in range(len(jobs))
             ]
             loaded: list[dict[str, Any]] = [
                 worker.call(
@@ -137,7 +140,7 @@ class Local:
         with TemporaryDirectory(prefix="convnext-edge-") as name:
             folder = Path(name)
             np.save(folder / "images.npy", images)
-            with Worker(folder / "worker.log") as worker:
+            with Worker(folder / "worker.log", environment=self.environment) as worker:
                 worker.call(
                     f"{__name__}:infer_job",
                     progress=progress,
