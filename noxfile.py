@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent
 RUNS = ROOT / "runs"
 SHARED_DATA = ROOT.parent / "shared" / "data"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
+LINKS = {"sshd": "openssh-server", "adb": "adb", "mksh": "mksh", "toybox": "toybox"}
+"""Commands to Debian's packages."""
 MOST_WORKERS = 4
 """Processes that test: each may take 3 GB."""
 FORMATS = ("onnx", "openvino", "tflite", "coreml")
@@ -79,10 +81,12 @@ def _browser(session: nox.Session) -> None:
         _debian(session, ["chromium"], "the page is not looked at in a browser")
 
 
-def _sshd(session: nox.Session) -> None:
-    """Have a server for the tests of devices over SSH."""
-    if not shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin"):
-        _debian(session, ["openssh-server"], "devices over SSH are not tested")
+def _links(session: nox.Session) -> None:
+    """Have what devices over a link are tested with; mksh and toybox are what Android has."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin"
+    packages = [name for command, name in LINKS.items() if not shutil.which(command, path=path)]
+    if packages:
+        _debian(session, packages, "devices over SSH or adb are not tested in full")
 
 
 def _emulator(session: nox.Session) -> None:
@@ -132,7 +136,7 @@ def tests(session: nox.Session) -> None:
     """Run the tests that need nothing but this repository."""
     _install(session)
     _browser(session)
-    _sshd(session)
+    _links(session)
     _pytest(session, "-m", "not acceptance")
 
 

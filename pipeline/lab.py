@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from pipeline.data import Chosen
     from pipeline.exports import Exports
-    from pipeline.records import Artifact, Export, Latency, Preprocessing
+    from pipeline.records import Artifact, Breakdown, Export, Latency, Preprocessing
     from pipeline.stages import Stages
     from pipeline.worker import Progress
     from targets.base import Device, DeviceInfo, Image, Logits
@@ -117,16 +117,35 @@ class Lab:
         """
 
         def time(place: Place, device: Device) -> list[Latency]:
-            return Timing(
-                self.stages,
-                device,
-                threads=place.threads,
-                image_shape=self.image_shape,
-                asked=asked and place in self.asked,
-            ).run(artifacts)
+            return self._timing(place, device, asked=asked).run(artifacts)
 
         rows = self._everywhere(time)
         return [[row[index] for row in rows] for index in range(len(artifacts))]
+
+    def breakdowns(
+        self, artifacts: Sequence[Artifact], model: Path, *, asked: bool
+    ) -> list[Breakdown]:
+        """Return where artifacts' time goes at those places that say so.
+
+        Args:
+            artifacts: Of the run.
+            model: Folder with params.json and tensors.safetensors.
+            asked: Whether times are asked for at all in this run.
+        """
+
+        def take(place: Place, device: Device) -> list[Breakdown]:
+            return self._timing(place, device, asked=asked).breakdowns(artifacts, model)
+
+        return [row for rows in self._everywhere(take) for row in rows]
+
+    def _timing(self, place: Place, device: Device, *, asked: bool) -> Timing:
+        return Timing(
+            self.stages,
+            device,
+            threads=place.threads,
+            image_shape=self.image_shape,
+            asked=asked and place in self.asked,
+        )
 
     def parities(
         self, artifacts: Sequence[Artifact], outputs: Outputs, *, asked: bool

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter
 from calib.preprocess import spare_workers
 from pipeline import benchmark
 from pipeline.errors import ArtifactError, DeviceError, WorkerError
+from pipeline.profiled import told
 from pipeline.records import (
     Accuracy,
     Agreement,
@@ -340,14 +341,18 @@ class Timing:
         return {a.name: rows[a.export.scheme] for a in group}
 
     def breakdowns(self, artifacts: Sequence[Artifact], model: Path) -> list[Breakdown]:
-        """Take the time of every artifact apart that runs on this machine.
+        """Take the time of every artifact apart, where the device's runtimes or it itself can.
 
         Args:
             artifacts: Those of the run.
             model: Folder with params.json and tensors.safetensors.
         """
         info = self.device.probe()
-        if isinstance(info, base.NotRun) or info.kind != "host":
+        if isinstance(info, base.NotRun):
+            return []
+        if isinstance(self.device, base.Profiled):
+            return told(self.stages, self.device, info, artifacts, asked=self.asked)
+        if info.kind != "host":
             return []
         found = []
         for name in dict.fromkeys(artifact.export.runtime for artifact in artifacts):

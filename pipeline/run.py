@@ -329,7 +329,10 @@ class _Run:
             measured=assemble.Measured(
                 float_result=verified.float_result,
                 agreement=verified.agreement,
-                breakdowns=timing.breakdowns(artifacts, integers),
+                breakdowns=[
+                    *timing.breakdowns(artifacts, integers),
+                    *lab.breakdowns(artifacts, integers, asked=steps.bench),
+                ],
                 parity=self._parity(lab, artifacts, data, integers, steps),
             ),
             chosen=chosen,

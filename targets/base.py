@@ -254,6 +254,23 @@ class DeviceFamily(Protocol):
 
 
 @runtime_checkable
+class Profiled(Device, Protocol):
+    """A device that can say what each operation of an artifact takes there."""
+
+    def op_times(self, job: Job, *, threads: int, inferences: int) -> list[OpTime] | NotRun:
+        """Ask a profiler there what each operation takes: averages, in order.
+
+        Args:
+            job: The artifact; its path is not None.
+            threads: For the runtime.
+            inferences: To average over.
+
+        Raises:
+            DeviceError: As `Device.measure`.
+        """
+
+
+@runtime_checkable
 class NeedsSetup(Protocol):
     """A family of devices that needs something built on this machine first."""
 
@@ -272,12 +289,16 @@ def runtimes() -> dict[str, Runtime]:
 
 def devices() -> dict[str, Device]:
     """Return every device by its name, discovered from targets/devices/; families' where found."""
-    known: dict[str, Device] = {i.name: i for i in _discover("targets.devices", "DEVICE")}
+    known = _single_devices()
     for family in device_families().values():
         for address in family.found():
             item = family.at(address)
             known[item.name] = item
     return known
+
+
+def _single_devices() -> dict[str, Device]:
+    return {item.name: item for item in _discover("targets.devices", "DEVICE")}
 
 
 def device_families() -> dict[str, DeviceFamily]:
@@ -318,11 +339,11 @@ def device(name: str) -> Device:
     families = device_families()
     if colon and first in families:
         return families[first].at(address)
-    known = devices()
+    known = _single_devices()
     if name not in known:
         raise UsageError(
             f"unknown device: {name}",
-            allowed=", ".join([*sorted(known), *(f"{family}:ADDRESS" for family in families)]),
+            allowed=", ".join([*sorted(devices()), *(f"{family}:ADDRESS" for family in families)]),
             do="Correct --device; `convnext-edge devices` lists what is found",
         )
     return known[name]

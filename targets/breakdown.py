@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pipeline.worker import Progress
-    from targets.base import Runtime
+    from targets.base import OpTime, Runtime
     from targets.graph import Weighted
 
 INFERENCES = 15
@@ -65,16 +65,10 @@ def breakdown_stage(
     found = target.op_times(Path(path), image, threads=1, inferences=INFERENCES)
     if isinstance(found, NotRun):
         return {"outcome": "not_run", "reason": found.reason}
-    ms, ops = defaultdict[str, float](float), Counter[str]()
-    for one in found:
-        ms[one.kind] += one.ms
-        ops[one.kind] += 1
     said: dict[str, Any] = {
         "outcome": "measured",
         "method": f"{target.name}'s own profiler, medians of {INFERENCES} inferences, 1 thread",
-        "inferences": INFERENCES,
-        "ms": dict(ms),
-        "ops": dict(ops),
+        **by_kind(found),
     }
     progress(1, 2)
     if model is not None:
@@ -82,6 +76,15 @@ def breakdown_stage(
             said |= _floor(target, Path(path), Path(model), Path(place))
     progress(2, 2)
     return said
+
+
+def by_kind(found: Sequence[OpTime]) -> dict[str, Any]:
+    """Return the fields of a `Breakdown` that follow from the operations of an inference."""
+    ms, ops = defaultdict[str, float](float), Counter[str]()
+    for one in found:
+        ms[one.kind] += one.ms
+        ops[one.kind] += 1
+    return {"inferences": INFERENCES, "ms": dict(ms), "ops": dict(ops)}
 
 
 def _floor(target: Runtime, path: Path, model: Path, folder: Path) -> dict[str, float]:

@@ -104,7 +104,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from targets.base import DeviceInfo, Samples
+from targets.base import DeviceInfo, OpTime, Samples
 
 
 @dataclass
@@ -142,6 +142,9 @@ class Board:
         logits = np.eye(10, dtype=np.float32)[[3] * len(images)]
         logits[::4] = 5 * np.eye(10)[9]
         return logits
+
+    def op_times(self, job, *, threads, inferences):
+        return [OpTime(kind="gelu", op="GELU", name=name, ms=1.5) for name in ("one", "two")]
 
 
 class Shelf:
@@ -209,6 +212,9 @@ def test_one_file_each_goes_through_run(tmp_path: Path) -> None:
     page = (out / "pages" / "shelf-lower.md").read_text()
     assert "0.25×" in page
     assert "kernel 99.90 %" in page
+    told = {(r.device, r.scheme): (r.ms, r.ops) for r in read_report(out).breakdowns}
+    assert told["shelf:lower", "w8a8"] == ({"gelu": 3.0}, {"gelu": 2})
+    assert len(told) == 4
 
     cli("verify", str(out), "--device", "shelf:upper", "--images", "8")
     report = read_report(out)

@@ -43,7 +43,7 @@ LEVELS = (
         "pipeline.inventory",
     },
     {"pipeline.stages"},
-    {"pipeline.conclude", "pipeline.measure", "pipeline.exports"},
+    {"pipeline.conclude", "pipeline.profiled", "pipeline.measure", "pipeline.exports"},
     {"pipeline.tune", "pipeline.finetune", "pipeline.autotune", "pipeline.layouts", "pipeline.lab"},
     {"pipeline.run"},
     {"pipeline.words", "pipeline.explain"},

@@ -1,116 +1,34 @@
-"""A device over a link: files pushed and checked there, work that outlives the link.
+"""A device with Python over a link: it runs the on-device runner.
 
-In: a `Transport`, which runs a line of POSIX shell on the device and moves files. Out: `Remote`, a
-`targets.base.Device` over it. What is pushed is named by its SHA-256, which the device computes: a
-file that lies there with the right one is not pushed again. The runner is detached, so that a
-dropped link costs nothing but the time to reconnect.
+In: a `Transport` and jobs. Out: `Remote`, a `targets.base.Device` over it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import re
-import secrets
-import shlex
-import time
-from dataclasses import dataclass
-from itertools import chain, repeat
-from pathlib import Path, PurePosixPath
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from pipeline.errors import DeviceError
-from pipeline.store import sha256_file
 from pipeline.worker import silent
 from targets.base import DeviceInfo, NotRun
 from targets.devices import _exchange as exchange
 from targets.devices import _runner
+from targets.devices._workspace import Program, Workspace, scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Sequence
+    from pathlib import Path
 
     from pipeline.worker import Progress
     from targets.base import Image, Job, Logits, Runtime, Samples
+    from targets.devices._workspace import Patience, Transport
 
-RUNNER, READY = "runner.py", "ready"
-NOT_FOUND = 127
-"""A shell's exit code for a command that is not there."""
-POLLED = re.compile(r"progress (?P<line>[^\n]*)\ncode (?P<code>\d*)\nalive (?P<alive>y?)\n")
-HASHED = re.compile(r"([0-9a-f]{64}) [ *](.+)")
-NO_ROOM = (
-    "No space left on device",
-    "Disk quota exceeded",
-    "File too large",
-    "File size limit exceeded",
-)
-FREE_KB = re.compile(r"(\d+) +\d+% ")
-"""In what `df -P` prints."""
-LEAST_KB = 64
-"""Where less is free, what failed failed for want of room."""
-KEPT_DAYS = 7
-"""That a pushed file stays on a device after its last use."""
-_OURS = '[ "/proc/$p/cwd" -ef {place} ]'
-"""Whether a process still runs, and is not another one that got its number after a restart."""
-SLOWEST_LINK = 50_000
-"""Bytes per second."""
+RUNNER = "runner.py"
 MODULES = {
     "onnx": ("onnxruntime",),
     "openvino": ("openvino",),
     "tflite": tuple(_runner.TFLITE),
 }
 """Runtime to the packages that run it; one is enough."""
-
-
-class LostLinkError(DeviceError):
-    """A link that was there and is gone; it may come back."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Answer:
-    """What a command gave."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Transport(Protocol):
-    """A way to a device.
-
-    Every method raises `LostLinkError` where trying again may help, else `DeviceError`.
-    """
-
-    name: str
-
-    def run(self, command: str, *, timeout: float) -> Answer:
-        """Run a line of POSIX shell there, in the folder that relative paths start from."""
-
-    def push(self, source: Path, target: str, *, timeout: float) -> Answer:
-        """Write a file there; the answer's code is not 0 where it cannot be written."""
-
-    def pull(self, source: str, target: Path, *, timeout: float) -> Answer:
-        """Write a file of the device here; the answer's code is not 0 where it cannot be read."""
-
-    def close(self) -> None:
-        """Give back what the way holds; it may be used again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long a device is waited for, in seconds.
-
-    Attributes:
-        command: For one short command.
-        silence: For the next turn of a running job.
-        reconnect: Before each attempt to reach it again after a lost link.
-        poll: Between looks at a running job, from the first to the slowest.
-    """
-
-    command: float = 60.0
-    silence: float = 900.0
-    reconnect: tuple[float, ...] = (1.0, 2.0, 5.0, 10.0, 20.0, 30.0)
-    poll: tuple[float, ...] = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 class Remote:
@@ -132,10 +50,8 @@ class Remote:
         patience: Patience | None = None,
     ) -> None:
         self.name = transport.name
-        self.transport = transport
-        self.root = PurePosixPath(root)
+        self.workspace = Workspace(transport, root, patience)
         self.python = python
-        self.patience = patience or Patience()
         self._machine: exchange.Machine | None = None
 
     def probe(self) -> DeviceInfo | NotRun:
@@ -178,7 +94,7 @@ class Remote:
         progress: Progress,
     ) -> list[Samples]:
         """Time the jobs in turn on the device; see `targets.base.Device`."""
-        with _folder() as folder:
+        with scratch() as folder:
             task = exchange.timing(
                 jobs, image, folder, rounds=rounds, per_round=per_round, threads=threads
             )
@@ -188,211 +104,24 @@ class Remote:
         self, job: Job, images: Image, *, batch: int, threads: int, progress: Progress
     ) -> Logits:
         """Run images through an artifact on the device; see `targets.base.Device`."""
-        with _folder() as folder:
+        with scratch() as folder:
             task = exchange.inferring(job, images, folder, batch=batch, threads=threads)
             self._perform(task, folder, progress)
             return exchange.read_logits(folder / exchange.LOGITS, len(images), self.name)
 
     def _known(self) -> exchange.Machine:
         if self._machine is None:
-            with _folder() as folder:
+            with scratch() as folder:
                 self._machine = self._perform(exchange.PROBE, folder, silent).machine
         return self._machine
 
     def _perform(self, task: exchange.Task, folder: Path, progress: Progress) -> exchange.Result:
         """Run a task there, leave what it wrote in `folder`, and remove its traces."""
-        run = self.root / "runs" / f"{int(time.time())}-{secrets.token_hex(4)}"
-        mine = {RUNNER: exchange.RUNNER, exchange.JOBS: task.write(folder)}
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.transport.close)
-            self._prepare(run)
-            stack.callback(self._clear, run)
-            self._bring({**mine, **task.files}, run)
-            self._start(run)
-            self._wait(run, progress)
-            for name in (exchange.RESULT, *task.outputs):
-                self._fetch(run / name, folder / name)
+        program = Program(
+            command=f"{self.python} {RUNNER} {exchange.JOBS} {exchange.RESULT}",
+            needs="Python 3",
+            files={RUNNER: exchange.RUNNER, exchange.JOBS: task.write(folder), **task.files},
+            outputs=(exchange.RESULT, *task.outputs),
+        )
+        self.workspace.perform(program, folder, progress)
         return exchange.read_result((folder / exchange.RESULT).read_bytes(), task, self.name)
-
-    def _clear(self, run: PurePosixPath) -> None:
-        """End a run, whatever it is doing, and remove its folder: Ctrl-C comes here too."""
-        place = _quoted(run)
-        # What a device out of reach keeps, a later run removes.
-        with contextlib.suppress(DeviceError):
-            # A kill that is no built-in may take -1234 for -1, every process; not behind `--`.
-            self.transport.run(
-                f"p=$(cat {place}/pid 2>/dev/null); if {_OURS.format(place=place)};"
-                f' then kill -s KILL -- "-$p" || kill -s KILL "$p"; fi; rm -rf {place}',
-                timeout=self.patience.command,
-            )
-
-    def _prepare(self, run: PurePosixPath) -> None:
-        """Make the folders, and remove what was left long ago."""
-        files, runs = _quoted(self.root / "files"), _quoted(self.root / "runs")
-        old = f"-mtime +{KEPT_DAYS}"
-        said = self._do(
-            "make a folder",
-            f"mkdir -p {files} {_quoted(run)} || exit 1"
-            f"; find {files} -type f {old} -exec rm -f {{}} +"
-            f"; find {runs} -mindepth 1 -maxdepth 1 {old} -exec rm -rf {{}} +"
-            f"; echo {READY}",
-        )
-        if said != f"{READY}\n":
-            raise exchange.garbage(self.name, _excerpt(said))
-
-    def _bring(self, files: Mapping[str, Path], run: PurePosixPath) -> None:
-        """Have files in a run's folder, each with the hash that it has here."""
-        hashes = {name: sha256_file(path) for name, path in files.items()}
-        places = {name: self.root / "files" / hashes[name] for name in files}
-        there = self._hashes(places.values())
-        for name, place in places.items():
-            if there.get(place) != hashes[name]:
-                self._push(files[name], place, hashes[name], run)
-                there[place] = hashes[name]
-        linked = (f"ln -sf ../../files/{hashes[n]} {_quoted(run / n)}" for n in files)
-        used = " ".join(_quoted(place) for place in places.values())
-        self._do("link files", f"touch {used} && {' && '.join(linked)}")
-
-    def _push(self, source: Path, place: PurePosixPath, sha256: str, run: PurePosixPath) -> None:
-        partial = run / "partial"
-        timeout = self.patience.command + source.stat().st_size / SLOWEST_LINK
-        answer = self._insist(lambda: self.transport.push(source, str(partial), timeout=timeout))
-        if answer.code:
-            raise self._refused(f"write {source.name}", answer)
-        arrived = self._hashes([partial]).get(partial)
-        if arrived != sha256:
-            raise DeviceError(
-                f"{self.name}: {source.name} arrived with SHA-256 {arrived}, not {sha256}",
-                allowed="a link and a disk that keep what they are given, and sha256sum there",
-                do="Try again; look at the device's disk where it happens twice",
-            )
-        left = _quoted(partial)
-        self._do("rename a file", f"[ ! -e {left} ] || mv -f {left} {_quoted(place)}")
-
-    def _hashes(self, places: Iterable[PurePosixPath]) -> dict[PurePosixPath, str]:
-        """Ask for the hashes of those files that are there."""
-        names = " ".join(_quoted(place) for place in places)
-        said = self._do("hash files", f"sha256sum {names} 2>/dev/null; true")
-        found = (HASHED.fullmatch(line) for line in said.splitlines())
-        return {PurePosixPath(match[2]): match[1] for match in found if match}
-
-    def _start(self, run: PurePosixPath) -> None:
-        """Start the runner so that it needs no link; where it was started already, do nothing."""
-        words = f"{self.python} {RUNNER} {exchange.JOBS} {exchange.RESULT}"
-        inner = shlex.quote(f"{words} >progress 2>log; echo $? >code")
-        self._do(
-            "start the runner",
-            f"cd {_quoted(run)} || exit 1; mkdir started 2>/dev/null || exit 0; "
-            f"nohup setsid sh -c {inner} </dev/null >/dev/null 2>&1 & echo $! >pid",
-        )
-
-    def _wait(self, run: PurePosixPath, progress: Progress) -> None:
-        """Look at the runner until it has ended well."""
-        last, since = "", time.monotonic()
-        pauses = chain(self.patience.poll, repeat(self.patience.poll[-1]))
-        for pause in pauses:
-            said = self._do(
-                "look at the runner",
-                f"cd {_quoted(run)} || exit 1; "
-                f"p=$(cat pid); alive=$({_OURS.format(place='.')} && echo y); "
-                'echo "progress $(tail -n 1 progress 2>/dev/null)"; '
-                'echo "code $(cat code 2>/dev/null)"; echo "alive $alive"',
-            )
-            match = POLLED.fullmatch(said)
-            if match is None:
-                raise exchange.garbage(self.name, _excerpt(said))
-            if match["line"] != last:
-                last, since = match["line"], time.monotonic()
-                _tell(last, progress)
-            if match["code"] == "0":
-                return
-            if match["code"] or not match["alive"]:
-                raise self._died(run, match["code"])
-            if time.monotonic() - since > self.patience.silence:
-                raise DeviceError(
-                    f"{self.name}: the runner has said nothing for {self.patience.silence:.0f} s",
-                    allowed="a turn of every artifact in that time",
-                    do="Choose a smaller network or input, or look what else runs there",
-                )
-            time.sleep(pause)
-
-    def _died(self, run: PurePosixPath, code: str) -> DeviceError:
-        """Say why the runner ended without a result."""
-        place = _quoted(run)
-        log = self._do("read the runner's log", f"tail -c 2000 {place}/log 2>/dev/null; true")
-        room = FREE_KB.search(self._do("look at the disk", f"df -Pk {place}"))
-        if any(words in log for words in NO_ROOM) or (room and int(room[1]) < LEAST_KB):
-            return self._full()
-        if code == str(NOT_FOUND):
-            return exchange.lacks(self.name, "Python 3")
-        words = (log.strip().splitlines() or ["its log is empty"])[-1]
-        ended = f"ended with exit code {code}" if code else "was killed, or the device restarted"
-        return DeviceError(
-            f"{self.name}: the runner {ended}: {words[:200]}",
-            allowed="a run to the end",
-            do="Look at the device's memory and log, and try again",
-        )
-
-    def _fetch(self, source: PurePosixPath, target: Path) -> None:
-        answer = self._insist(
-            lambda: self.transport.pull(str(source), target, timeout=self.patience.silence)
-        )
-        if answer.code:
-            raise self._refused(f"read {source.name}", answer)
-        if self._hashes([source]).get(source) != sha256_file(target):
-            raise exchange.garbage(self.name, f"{source.name} is not the same here and there")
-
-    def _do(self, what: str, command: str) -> str:
-        """Run a command that may be run twice, and return what it prints."""
-        line = f"export LC_ALL=C; {command}"
-        answer = self._insist(lambda: self.transport.run(line, timeout=self.patience.command))
-        if answer.code:
-            raise self._refused(what, answer)
-        return answer.out
-
-    def _insist(self, action: Callable[[], Answer]) -> Answer:
-        """Do something; after a lost link wait, and do it again."""
-        for seconds in self.patience.reconnect:
-            try:
-                return action()
-            except LostLinkError:
-                time.sleep(seconds)
-        return action()
-
-    def _refused(self, what: str, answer: Answer) -> DeviceError:
-        if any(words in answer.err for words in NO_ROOM):
-            return self._full()
-        words = _excerpt(answer.err or answer.out)
-        return DeviceError(
-            f"{self.name}: cannot {what} there (exit code {answer.code}): {words}",
-            allowed=f"a POSIX shell there, and a folder {self.root} that this login may write",
-            do="Log in by hand and look",
-        )
-
-    def _full(self) -> DeviceError:
-        return DeviceError(
-            f"{self.name}: the disk is full there, or this login's quota used up",
-            allowed="room for the artifacts and the images",
-            do=f"Free some space there; {self.root} itself may be removed",
-        )
-
-
-@contextlib.contextmanager
-def _folder() -> Iterator[Path]:
-    with TemporaryDirectory(prefix="convnext-edge-") as name:
-        yield Path(name)
-
-
-def _tell(line: str, progress: Progress) -> None:
-    """Pass a line of progress on; a line cut off in the middle is none."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        said = json.loads(line)
-        progress(int(said["done"]), int(said["total"]))
-
-
-def _excerpt(text: str) -> str:
-    return repr(text.strip()[-200:]) if text.strip() else "nothing"
-
-
-def _quoted(path: PurePosixPath) -> str:
-    return shlex.quote(str(path))

@@ -10,14 +10,15 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import IO, TYPE_CHECKING
 
 from pipeline.errors import DeviceError, UsageError
-from targets.devices._remote import Answer, LostLinkError, Patience, Remote
+from targets.devices._meaning import Meaning, explained
+from targets.devices._remote import Remote
+from targets.devices._workspace import Answer, LostLinkError, Patience
 
 if TYPE_CHECKING:
     from targets.base import Device
@@ -48,16 +49,6 @@ SECONDS_HERE = 10
 FAILED = 255
 """The client's own exit code; no command of ours ends with it."""
 UNCHECKED = ("no", "off", "false")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Meaning:
-    """What some words of the client mean; `{name}` and `{said}` are filled in."""
-
-    words: tuple[str, ...]
-    got: str
-    allowed: str
-    do: str
 
 
 MEANINGS = (
@@ -110,11 +101,12 @@ CUT = Meaning(
     got="{name}: the connection was cut: {said}",
     allowed="a connection that comes back within two minutes",
     do="Look whether the device is on, and try again",
+    lost=True,
 )
 
 
 class Link:
-    """OpenSSH's client and one host; see `targets.devices._remote.Transport`.
+    """OpenSSH's client and one host; see `targets.devices._workspace.Transport`.
 
     Args:
         address: As in `ssh:ADDRESS`.
@@ -240,12 +232,7 @@ class Link:
     def _explained(self, err: str) -> DeviceError:
         """Return the error that the client's own words mean."""
         known = MEANINGS if self._met else (*MEANINGS, UNREACHABLE)
-        meant = next((m for m in known if any(words in err for words in m.words)), CUT)
-        lines = err.strip().splitlines() or ["ssh says nothing"]
-        said = next((line for line in lines if any(w in line for w in meant.words)), lines[-1])
-        got = meant.got.format(name=self.name, said=said.rstrip("."))
-        kind = LostLinkError if meant is CUT else DeviceError
-        return kind(got, allowed=meant.allowed, do=meant.do)
+        return explained(err, known, CUT, name=self.name)
 
 
 def board(

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.records import Quantization
+    from pipeline.records import OpKind, Quantization
     from targets.base import Image, Logits, Session
 
 WEIGHTED_OPS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
@@ -169,24 +169,37 @@ class TfLite:
 
         if not sys.platform.startswith("linux"):
             return NotRun(reason="LiteRT's profiler is reached through its library for Linux")
-        ops = _executed(path)
         events = profile(path, threads, warm_up=WARM_UP, inferences=inferences)
-        kernels = [kernel for kernel, _ in events[: len(ops)]]
-        names = _matched(ops, kernels)
-        if names is None or [kernel for kernel, _ in events] != kernels * inferences:
+        kernels = [kernel for kernel, _ in events[: len(events) // inferences]]
+        known = kinds(path, kernels)
+        if known is None or [kernel for kernel, _ in events] != kernels * inferences:
             return NotRun(reason="LiteRT's profiler tells other operations than the file has")
         times = np.array([ms for _, ms in events]).reshape(inferences, -1)
         return [
-            OpTime(
-                kind="quantize" if _family(kernel) == CONVERSION else kind_of([name]),
-                op=kernel,
-                name=name,
-                ms=ms,
-            )
-            for name, kernel, ms in zip(
-                names, kernels, np.median(times, axis=0).tolist(), strict=True
+            OpTime(kind=kind, op=kernel, name=name, ms=ms)
+            for (kind, name), kernel, ms in zip(
+                known, kernels, np.median(times, axis=0).tolist(), strict=True
             )
         ]
+
+
+def kinds(path: Path, kernels: Sequence[str]) -> list[tuple[OpKind, str]] | None:
+    """Return what the kernels of one inference compute.
+
+    Args:
+        path: The .tflite file.
+        kernels: As LiteRT or XNNPACK calls them, in the order in which they run.
+
+    Returns:
+        The kind and the name in the file of each; None where the file has other operations.
+    """
+    names = _matched(_executed(path), kernels)
+    if names is None:
+        return None
+    return [
+        ("quantize" if _family(kernel) == CONVERSION else kind_of([name]), name)
+        for name, kernel in zip(names, kernels, strict=True)
+    ]
 
 
 def _family(kernel: str) -> str:

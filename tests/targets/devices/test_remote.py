@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from pipeline.errors import DeviceError
 from pipeline.worker import silent
 from targets.base import DeviceInfo, Job, NotRun, run_padded, runtimes
-from targets.devices._remote import Answer, LostLinkError, Patience, Remote
+from targets.devices._remote import Remote
+from targets.devices._workspace import Answer, LostLinkError, Patience
 
 ROOT = ".cache/convnext-edge"
 QUICK = Patience(command=30, silence=60, reconnect=(0.01, 0.02), poll=(0.05,))

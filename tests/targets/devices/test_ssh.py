@@ -26,7 +26,8 @@ from pipeline.errors import DeviceError, UsageError
 from pipeline.worker import silent
 from targets.base import DeviceInfo, Job, NotRun, device, run_padded, runtimes
 from targets.devices import ssh
-from targets.devices._remote import Patience, Remote
+from targets.devices._remote import Remote
+from targets.devices._workspace import Patience
 
 REQUIRE_SSHD = "CONVNEXT_EDGE_REQUIRE_SSHD"
 QUICK = Patience(command=30, silence=60, reconnect=(0.1, 0.5, 1, 2), poll=(0.05, 0.2))
