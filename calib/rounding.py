@@ -75,9 +75,11 @@ def gptq(
         order = (2 * pairs[:, None] + np.arange(2)).ravel()
     damped = hessian[np.ix_(order, order)].copy()
     damped[np.diag_indices_from(damped)] += DAMPING * max(np.diag(hessian).mean(), 1e-30)
-    factor, _ = lapack.dpotrf(damped)
-    inverse, _ = lapack.dpotri(factor)
-    upper, _ = lapack.dpotrf(inverse)
+    factor, first = lapack.dpotrf(damped)
+    inverse, second = lapack.dpotri(factor)
+    upper, third = lapack.dpotrf(inverse)
+    if first or second or third:
+        raise np.linalg.LinAlgError("a layer's second moments are not positive definite")
     # Columns become rows: each is read and written whole.
     steps = np.ascontiguousarray((weight[:, order] / along_rows(scales.astype(np.float64), 2)).T)
     q = np.zeros_like(steps)

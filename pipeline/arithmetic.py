@@ -252,7 +252,8 @@ def round_weights(x: NDArray[np.float64], grid: WeightGrid) -> NDArray[np.float6
     """
     if not grid.pairs:
         return np.rint(np.clip(x, -grid.limit, grid.limit))
-    clipped = np.clip(x, -grid.limit, grid.limit)
+    # In rows, so that what follows sees its pairs and not a copy of them.
+    clipped = np.ascontiguousarray(np.clip(x, -grid.limit, grid.limit))
     q, pairs = np.rint(clipped), clipped.reshape(-1, 2, math.prod(x.shape[2:]))
     # Of unlike signs none exceeds it: each alone keeps to `WEIGHT_LIMIT`.
     over = abs(pairs[:, 0] + pairs[:, 1]) > PAIR_LIMIT

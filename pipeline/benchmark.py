@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from pipeline.records import Scheme
+    from pipeline.records import Kind, Scheme
     from pipeline.worker import Progress
     from targets.base import Device, DeviceInfo, Runtime
 
@@ -151,6 +151,10 @@ def _beside_float(row: Latency, item: Samples, base: Samples) -> Latency:
     )
 
 
-def not_run(device: str, reason: NotRun) -> Latency:
+def not_run(
+    device: str, reason: NotRun, *, threads: int | None = None, kind: Kind | None = None
+) -> Latency:
     """Return the row of an artifact that could not be timed, with the reason."""
-    return Latency(device=device, outcome="not_run", reason=reason.reason)
+    return Latency(
+        device=device, outcome="not_run", reason=reason.reason, threads=threads, kind=kind
+    )

@@ -1,53 +1,62 @@
-"""What is measured away from the run's own device: boards, phones, emulators.
+"""What is measured beside the run's own device: boards, phones, emulators, other settings.
 
 In: a run's artifacts, and the places that they are measured at. Out: for every place the latencies
-of every artifact, and how what they compute there compares with what they compute here. Places
-know nothing of each other: those that are not this host work at the same time.
+of every artifact, where their time goes, and how what they compute there compares with what they
+compute here. Places of one machine take turns, those on this host first and alone; all others work
+at the same time.
 """
 
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
-from calib.images import select
-from calib.preprocess import some_pixels
-from pipeline.compare import parity
-from pipeline.errors import ArtifactError, DeviceError, WorkerError
+from pipeline.errors import ArtifactError
 from pipeline.measure import Timing
-from pipeline.recipe import NONE
+from pipeline.parity import Comparison
 from pipeline.records import Parity, Place
-from pipeline.store import Stage, file_stem
-from pipeline.worker import end_all, silent
+from pipeline.worker import end_all
 from targets import base
+from targets.base import HOST, DeviceInfo, NotRun
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from pipeline.data import Chosen
-    from pipeline.exports import Exports
-    from pipeline.records import Artifact, Breakdown, Export, Latency, Preprocessing
+    from pipeline.parity import Outputs
+    from pipeline.records import Artifact, Breakdown, Latency
     from pipeline.stages import Stages
-    from pipeline.worker import Progress
-    from targets.base import Device, DeviceInfo, Image, Logits
+    from targets.base import Device
 
 PLACES = "devices.json"
 """Of a run folder: where its artifacts were measured, beside the recipe's own device."""
-PARITIES = "parity.json"
 MOST_AT_ONCE = 16
-REFERENCE = "reference"
-LOCAL = "local"
 
 _Found = TypeVar("_Found")
 
 
-def kept_places(file: Path) -> tuple[Place, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """A place that answered once, and is not asked again to tell what it gave.
+
+    Attributes:
+        place: It.
+        info: What it said of itself.
+        images: How many outputs were compared there; None for none.
+    """
+
+    place: Place
+    info: DeviceInfo
+    images: int | None = None
+
+
+_KNOWN = TypeAdapter(tuple[Known, ...])
+
+
+def kept_places(file: Path) -> tuple[Known, ...]:
     """Read where a run folder's artifacts were measured before; nowhere where there is no file.
 
     Raises:
@@ -56,7 +65,7 @@ def kept_places(file: Path) -> tuple[Place, ...]:
     if not file.exists():
         return ()
     try:
-        return TypeAdapter(tuple[Place, ...]).validate_json(file.read_bytes())
+        return _KNOWN.validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
         raise ArtifactError(
             f"{file} names no devices ({type(error).__name__})",
@@ -65,23 +74,27 @@ def kept_places(file: Path) -> tuple[Place, ...]:
         ) from error
 
 
+def to_json(known: Sequence[Known]) -> bytes:
+    """Return what `kept_places` reads."""
+    return _KNOWN.dump_json(tuple(known), indent=1)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outputs:
-    """What outputs are compared on.
+class _Spot:
+    """A place with its device; `asked` where what is missing there is measured."""
 
-    Attributes:
-        evaluation: The images.
-        preprocessing: Of them.
-        images: How many of them.
-        exports: What a reference artifact is exported with.
-        model: Folder with the integers.
-    """
+    place: Place
+    device: Device
+    info: DeviceInfo | NotRun
+    asked: bool
+    images: int | None
 
-    evaluation: Chosen
-    preprocessing: Preprocessing
-    images: int
-    exports: Exports
-    model: Path
+    @property
+    def machine(self) -> str:
+        """What it is timed on: two spots of one machine would disturb each other."""
+        if isinstance(self.info, NotRun):
+            return self.device.name
+        return self.info.machine or self.device.name
 
 
 class Lab:
@@ -89,24 +102,44 @@ class Lab:
 
     Args:
         stages: Where results are kept.
-        places: Where to measure.
-        asked: Those of them at which what is missing is measured; at the others what was finished
-            before is taken over.
+        known: Places of earlier runs.
+        asked: Those at which what is missing is measured; at the others what was finished before is
+            taken over, and nothing is asked of them.
+        images: How many outputs are compared at those that are asked; None where none are.
         image_shape: NCHW of one input.
     """
 
     def __init__(
         self,
         stages: Stages,
-        places: Sequence[Place],
+        known: Sequence[Known],
         *,
         asked: Sequence[Place],
+        images: int | None,
         image_shape: tuple[int, int, int, int],
     ) -> None:
         self.stages = stages
-        self.asked = frozenset(asked)
         self.image_shape = image_shape
-        self.places = [(place, base.device(place.device)) for place in places]
+        before = {one.place: one for one in known}
+        spots = [
+            _Spot(
+                place=place,
+                device=base.device(place.device),
+                info=before[place].info if place in before else NotRun(reason="not asked"),
+                asked=place in asked,
+                images=images if place in asked and images else _images_of(before.get(place)),
+            )
+            for place in dict.fromkeys((*before, *asked))
+        ]
+        self.spots = self._everywhere(spots, _asked_what_it_is)
+
+    def known(self) -> list[Known]:
+        """Return the places that have answered, now or before."""
+        return [
+            Known(place=spot.place, info=spot.info, images=spot.images)
+            for spot in self.spots
+            if isinstance(spot.info, DeviceInfo)
+        ]
 
     def latencies(self, artifacts: Sequence[Artifact], *, asked: bool) -> list[list[Latency]]:
         """Return for every artifact its latency at every place.
@@ -116,10 +149,10 @@ class Lab:
             asked: Whether times are asked for at all in this run.
         """
 
-        def time(place: Place, device: Device) -> list[Latency]:
-            return self._timing(place, device, asked=asked).run(artifacts)
+        def time(spot: _Spot) -> list[Latency]:
+            return self._timing(spot, asked=asked).run(artifacts)
 
-        rows = self._everywhere(time)
+        rows = self._everywhere(self.spots, time)
         return [[row[index] for row in rows] for index in range(len(artifacts))]
 
     def breakdowns(
@@ -133,140 +166,87 @@ class Lab:
             asked: Whether times are asked for at all in this run.
         """
 
-        def take(place: Place, device: Device) -> list[Breakdown]:
-            return self._timing(place, device, asked=asked).breakdowns(artifacts, model)
+        def take(spot: _Spot) -> list[Breakdown]:
+            return self._timing(spot, asked=asked).breakdowns(artifacts, model)
 
-        return [row for rows in self._everywhere(take) for row in rows]
-
-    def _timing(self, place: Place, device: Device, *, asked: bool) -> Timing:
-        return Timing(
-            self.stages,
-            device,
-            threads=place.threads,
-            image_shape=self.image_shape,
-            asked=asked and place in self.asked,
-        )
+        return [row for rows in self._everywhere(self.spots, take) for row in rows]
 
     def parities(
-        self, artifacts: Sequence[Artifact], outputs: Outputs, *, asked: bool
+        self, artifacts: Sequence[Artifact], outputs: Outputs | None, why_not: str
     ) -> list[Parity]:
         """Return how what artifacts compute at the places compares with what they compute here.
 
         Args:
             artifacts: Of the run.
-            outputs: On what.
-            asked: Whether outputs are asked for at all in this run.
+            outputs: On what; None where there is nothing to compare on.
+            why_not: The reason for that.
         """
 
-        def compare(place: Place, device: Device) -> list[Parity]:
-            info = device.probe()
-            if isinstance(info, base.NotRun):
-                return []  # its latencies say so
-            found: list[Parity] = []
-            for artifact in artifacts:
-                if device.can_run(base.runtime(artifact.export.runtime)) is None:
-                    one = _Comparison(self.stages, device, info, place.threads, outputs)
-                    found += one.of(artifact, asked=asked and place in self.asked)
-            return found
+        def compare(spot: _Spot) -> list[Parity]:
+            if spot.images is None:
+                return []
+            if outputs is None or isinstance(spot.info, NotRun):
+                reason = spot.info.reason if isinstance(spot.info, NotRun) else why_not
+                return [_not_run(spot, one, reason) for one in artifacts] if spot.asked else []
+            one = Comparison(
+                stages=self.stages,
+                device=spot.device,
+                info=spot.info,
+                threads=spot.place.threads,
+                outputs=replace(outputs, images=spot.images),
+                asked=spot.asked,
+            )
+            return [row for artifact in artifacts for row in one.of(artifact)]
 
-        return [row for rows in self._everywhere(compare) for row in rows]
+        return [row for rows in self._everywhere(self.spots, compare) for row in rows]
 
-    def _everywhere(self, function: Callable[[Place, Device], _Found]) -> list[_Found]:
-        """Apply a function at every place, in order.
+    def _timing(self, spot: _Spot, *, asked: bool) -> Timing:
+        return Timing(
+            self.stages,
+            spot.device,
+            threads=spot.place.threads,
+            image_shape=self.image_shape,
+            asked=asked and spot.asked,
+            info=spot.info,
+        )
 
-        Those on this host come one after the other, while nothing else runs here; then all others
-        at the same time.
-        """
+    @staticmethod
+    def _everywhere(spots: Sequence[_Spot], function: Callable[[_Spot], _Found]) -> list[_Found]:
+        """Apply a function to every spot, in order: machine by machine, this host's first."""
+        machines: dict[str, list[int]] = {}
+        for index, spot in enumerate(spots):
+            machines.setdefault(spot.machine, []).append(index)
+
+        def in_turn(indices: Sequence[int]) -> dict[int, _Found]:
+            return {index: function(spots[index]) for index in indices}
+
         pool = ThreadPoolExecutor(max_workers=MOST_AT_ONCE)
         try:
-            pairs = dict(enumerate(self.places))
-            done = {i: function(*pair) for i, pair in pairs.items() if _on_host(pair[1])}
-            others = {i: pool.submit(function, *p) for i, p in pairs.items() if i not in done}
-            done |= {i: future.result() for i, future in others.items()}
-            return [done[i] for i in pairs]
+            found = in_turn(machines.pop(HOST, ()))
+            for others in pool.map(in_turn, machines.values()):
+                found |= others
         except BaseException:
-            # Ctrl-C included: the threads wait for workers, which know nothing of it.
+            # Ctrl-C included: the threads wait for workers and boards, which know nothing of it.
             end_all()
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+        return [found[index] for index in range(len(spots))]
 
 
-def _on_host(device: Device) -> bool:
-    info = device.probe()
-    return isinstance(info, base.DeviceInfo) and info.kind == "host"
+def _asked_what_it_is(spot: _Spot) -> _Spot:
+    return replace(spot, info=spot.device.probe()) if spot.asked else spot
 
 
-@dataclass(frozen=True, slots=True)
-class _Comparison:
-    """Outputs of one device."""
-
-    stages: Stages
-    device: Device
-    info: DeviceInfo
-    threads: int
-    outputs: Outputs
-
-    def of(self, artifact: Artifact, *, asked: bool) -> list[Parity]:
-        """Return an artifact's rows: against this host and against the reference."""
-        evaluation, wanted = self.outputs.evaluation, artifact.export
-        stage = Stage(
-            name=f"parity-{file_stem(self.info.name)}-{artifact.name}",
-            modules=("pipeline.lab", type(self.device).__module__),
-            inputs={**artifact.files, "images": evaluation.source.sha256},
-            settings={
-                "device": asdict(self.info),
-                "threads": self.threads,
-                "images": self.outputs.images,
-                "preprocessing": asdict(self.outputs.preprocessing),
-            },
-            libraries=base.runtime(wanted.runtime).capabilities.distributions,
-        )
-        if not asked and not self.stages.is_done(stage):
-            return []
-        said = partial(Parity, device=self.info.name, runtime=wanted.runtime, scheme=wanted.scheme)
-        try:
-            folder = self.stages.do_here(stage, partial(self._make, artifact))
-        except (WorkerError, ArtifactError, DeviceError) as error:
-            return [said(outcome="failed", reason=str(error))]
-        rows = TypeAdapter(list[Parity]).validate_json((folder / PARITIES).read_bytes())
-        return [replace(row, device=self.info.name, kind=self.info.kind) for row in rows]
-
-    def _make(self, artifact: Artifact, folder: Path, progress: Progress) -> None:
-        wanted, images = artifact.export, self._images()
-
-        def run(device: Device, one: Artifact, progress: Progress) -> Logits:
-            batch = wanted.batch if isinstance(wanted.batch, int) else 1
-            job = base.Job(
-                label=one.name, runtime=one.export.runtime, path=self.stages.out / one.path
-            )
-            return device.infer(job, images, batch=batch, threads=self.threads, progress=progress)
-
-        here, there = base.device(LOCAL), run(self.device, artifact, progress)
-        np.save(folder / "logits.npy", there)
-        exact = run(here, self._reference(wanted), silent)
-        plain = exact
-        if wanted.scheme != "float":
-            plain = run(here, self._reference(_in_float(wanted)), silent)
-        lost = exact - plain
-        rows = [parity(wanted, there, exact, error=lost, against="reference")]
-        if here.can_run(base.runtime(wanted.runtime)) is None:
-            same = run(here, artifact, silent)
-            rows.append(parity(wanted, there, same, error=lost, against="host"))
-        (folder / PARITIES).write_bytes(TypeAdapter(list[Parity]).dump_json(rows, indent=1))
-
-    def _images(self) -> Image:
-        """Return the pixels of images drawn from those of the evaluation."""
-        chosen = select(self.outputs.evaluation.selection)
-        return some_pixels(chosen, self.outputs.preprocessing, self.outputs.images)
-
-    def _reference(self, wanted: Export) -> Artifact:
-        """Return what the reference makes of the same integers."""
-        target = base.runtime(REFERENCE)
-        form = target.capabilities.graph_forms[0]
-        same = replace(wanted, runtime=REFERENCE, graph_form=form)
-        return self.outputs.exports.one(self.stages, self.outputs.model, same)
+def _images_of(known: Known | None) -> int | None:
+    return known.images if known is not None else None
 
 
-def _in_float(wanted: Export) -> Export:
-    return replace(wanted, scheme="float", placement=NONE, profile=None)
+def _not_run(spot: _Spot, artifact: Artifact, reason: str) -> Parity:
+    return Parity(
+        device=spot.device.name,
+        runtime=artifact.export.runtime,
+        scheme=artifact.export.scheme,
+        outcome="not_run",
+        reason=reason,
+    )

@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 SAMPLES = "samples"
 NOT_ASKED_VERIFY = "not asked: run `convnext-edge verify RUN_DIR`"
-NOT_ASKED_BENCH = "not asked: run `convnext-edge bench RUN_DIR`"
+NOT_ASKED_BENCH = "not asked: run `convnext-edge bench RUN_DIR"
+LOCAL = "local"
 JUDGED_AT_A_TIME = 32
 DATA_LIBRARIES = ("torch", "numpy", "pillow")
 
@@ -272,6 +273,8 @@ class Timing:
         image_shape: NCHW of one input.
         asked: Whether to run what is missing, or only to take over what was finished before.
         kept: Whether the samples are the run's: those that are not stay in their stages.
+        info: What the device is, where that is known; then a device of which nothing is asked is
+            not reached for at all.
     """
 
     def __init__(
@@ -283,6 +286,7 @@ class Timing:
         image_shape: tuple[int, int, int, int],
         asked: bool,
         kept: bool = True,
+        info: base.DeviceInfo | base.NotRun | None = None,
     ) -> None:
         self.stages = stages
         self.device = device
@@ -290,12 +294,15 @@ class Timing:
         self.image_shape = image_shape
         self.asked = asked
         self.kept = kept
+        self.known = info is not None
+        self.info = device.probe() if info is None else info
 
     def run(self, artifacts: Sequence[Artifact]) -> list[Latency]:
         """Return one latency per artifact."""
-        info = self.device.probe()
+        info = self.info
         if isinstance(info, base.NotRun):
-            return [benchmark.not_run(self.device.name, info) for _ in artifacts]
+            lacks = benchmark.not_run(self.device.name, info, threads=self.threads)
+            return [lacks for _ in artifacts]
         rows: dict[str, Latency] = {}
         for name in dict.fromkeys(artifact.export.runtime for artifact in artifacts):
             group = [artifact for artifact in artifacts if artifact.export.runtime == name]
@@ -312,11 +319,9 @@ class Timing:
             settings={"device": asdict(info), "threads": self.threads},
             libraries=target.capabilities.distributions,
         )
-        cannot = self.device.can_run(target)
-        if cannot is None and not self.asked and not self.stages.is_done(stage):
-            cannot = base.NotRun(reason=NOT_ASKED_BENCH)
-        if cannot is not None:
-            return {a.name: benchmark.not_run(info.name, cannot) for a in group}
+        if not self.stages.is_done(stage) and (cannot := self._cannot(target)) is not None:
+            row = benchmark.not_run(info.name, cannot, threads=self.threads, kind=info.kind)
+            return {a.name: row for a in group}
 
         def make(folder: Path, progress: Progress) -> None:
             benchmark.bench(
@@ -332,13 +337,28 @@ class Timing:
         try:
             folder = self.stages.do_here(stage, make)
         except (WorkerError, ArtifactError, DeviceError) as error:
-            failed = Latency(device=info.name, outcome="failed", reason=str(error))
+            failed = Latency(
+                device=info.name,
+                outcome="failed",
+                reason=str(error),
+                threads=self.threads,
+                kind=info.kind,
+            )
             return {a.name: failed for a in group}
-        kept = f"{SAMPLES}/{file_stem(info.name)}-{target.name}/{benchmark.SAMPLES}"
+        place = f"{file_stem(info.name)}-{self.threads}t-{target.name}"
+        kept = f"{SAMPLES}/{place}/{benchmark.SAMPLES}"
         if self.kept:
             publish(folder, (self.stages.out / kept).parent, (benchmark.SAMPLES,))
         rows = benchmark.read_latencies(folder, info, threads=self.threads, samples_file=kept)
         return {a.name: rows[a.export.scheme] for a in group}
+
+    def _cannot(self, target: base.Runtime) -> base.NotRun | None:
+        """Say why what is missing is not measured now."""
+        cannot = self.device.can_run(target) if self.asked or not self.known else None
+        if cannot is None and not self.asked:
+            named = f" --device {self.device.name}" if self.known else ""
+            return base.NotRun(reason=f"{NOT_ASKED_BENCH}{named}`")
+        return cannot
 
     def breakdowns(self, artifacts: Sequence[Artifact], model: Path) -> list[Breakdown]:
         """Take the time of every artifact apart, where the device's runtimes or it itself can.
@@ -347,13 +367,13 @@ class Timing:
             artifacts: Those of the run.
             model: Folder with params.json and tensors.safetensors.
         """
-        info = self.device.probe()
+        info = self.info
         if isinstance(info, base.NotRun):
             return []
         if isinstance(self.device, base.Profiled):
             return told(self.stages, self.device, info, artifacts, asked=self.asked)
-        if info.kind != "host":
-            return []
+        if self.device.name != LOCAL:
+            return []  # a profiler of this environment's tells what this machine's CPU does
         found = []
         for name in dict.fromkeys(artifact.export.runtime for artifact in artifacts):
             target = base.runtime(name)

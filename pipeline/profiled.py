@@ -65,7 +65,7 @@ def _told(
         settings={"device": asdict(info)},
         libraries=(),
     )
-    if device.can_run(base.runtime(wanted.runtime)) or not (asked or stages.is_done(stage)):
+    if not stages.is_done(stage) and (not asked or device.can_run(base.runtime(wanted.runtime))):
         return None
 
     def make(folder: Path, progress: Progress) -> None:

@@ -26,11 +26,13 @@ from pipeline.distributed import ranks_here
 from pipeline.errors import ArtifactError, UsageError
 from pipeline.exports import ARTIFACTS, MODEL_FILES, Exports
 from pipeline.finetune import Course, Finetuner, require_trainable
-from pipeline.lab import PLACES, Lab, Outputs, kept_places
+from pipeline.lab import PLACES, Lab, kept_places
+from pipeline.lab import to_json as to_json_places
 from pipeline.layouts import LAYOUTS, kept_layouts
 from pipeline.loaded import read_record
 from pipeline.locate import locate
 from pipeline.measure import Timing, Verification, time_saved
+from pipeline.parity import Outputs
 from pipeline.placements import check_layers
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recorder import METRICS
@@ -50,7 +52,7 @@ from pipeline.sidecar import DEFAULT_INPUT_SIZE, GEOMETRY, read_sidecar
 from pipeline.stages import Done, Stages
 from pipeline.store import Stage, publish, sha256_file, write_atomic
 from pipeline.tune import TUNING, Basis, Tuner, check_decidable
-from pipeline.worker import end_all
+from pipeline.worker import end_all, ending
 from reports import assemble, document
 from reports.document import REPORT
 from reports.gate import paired_check
@@ -111,9 +113,10 @@ class Finished:
     @property
     def failures(self) -> tuple[str, ...]:
         """The errors of every measurement that failed."""
-        rows = self.report.artifacts if self.report else ()
-        results: list[Accuracy | Latency] = []
-        for row in rows:
+        if self.report is None:
+            return ()
+        results: list[Accuracy | Latency | Parity] = [*self.report.parity]
+        for row in self.report.artifacts:
             results += [row.accuracy, *row.latency]
         return tuple(str(r.reason) for r in results if r.outcome == "failed")
 
@@ -133,6 +136,7 @@ def execute(recipe: Recipe, out: Path, steps: Steps, display: Display) -> Finish
     Raises:
         EdgeError: One line for the user; finished stages are kept.
     """
+    ending.clear()
     try:
         return _Run(recipe, out, display, steps.beside).execute(steps)
     except BaseException:
@@ -304,12 +308,7 @@ class _Run:
             if images is not None:
                 self.display.skipped(images.source)
         timing = self._timing(model, asked=steps.bench and self.recipe.bench and steps.here)
-        lab = Lab(
-            self.stages,
-            self._places(steps),
-            asked=steps.places,
-            image_shape=self._image_shape(model),
-        )
+        lab = self._lab(steps, model)
         own, away = timing.run(artifacts), lab.latencies(artifacts, asked=steps.bench)
         report = assemble.report(
             local=_this_machine(),
@@ -333,7 +332,7 @@ class _Run:
                     *timing.breakdowns(artifacts, integers),
                     *lab.breakdowns(artifacts, integers, asked=steps.bench),
                 ],
-                parity=self._parity(lab, artifacts, data, integers, steps),
+                parity=self._parity(lab, artifacts, data, integers),
             ),
             chosen=chosen,
         )
@@ -505,28 +504,34 @@ class _Run:
             kept=kept,
         )
 
-    def _places(self, steps: Steps) -> tuple[Place, ...]:
-        """Return where this folder's artifacts were or are to be measured, and keep it."""
-        kept = kept_places(self.out / PLACES)
-        places = tuple(dict.fromkeys((*kept, *steps.places)))
-        if places != kept:
-            write_atomic(self.out / PLACES, TypeAdapter(tuple[Place, ...]).dump_json(places))
-        return places
+    def _lab(self, steps: Steps, model: Checkpoint) -> Lab:
+        """Return what measures at the places of this folder, and keep those that answer."""
+        own = Place(device=self.device.name, threads=self.recipe.threads)
+        lab = Lab(
+            self.stages,
+            [one for one in kept_places(self.out / PLACES) if one.place != own],
+            asked=[place for place in steps.places if place != own],
+            images=steps.images if steps.verify else None,
+            image_shape=self._image_shape(model),
+        )
+        if lab.spots:
+            write_atomic(self.out / PLACES, to_json_places(lab.known()))
+        return lab
 
     def _parity(
-        self, lab: Lab, artifacts: Sequence[Artifact], data: Data, integers: Path, steps: Steps
+        self, lab: Lab, artifacts: Sequence[Artifact], data: Data, integers: Path
     ) -> list[Parity]:
-        """Compare outputs on devices with this host's; nothing without images to evaluate on."""
-        if data.evaluation is None:
-            return []
-        outputs = Outputs(
-            evaluation=data.evaluation,
-            preprocessing=self.preprocessing,
-            images=steps.images,
-            exports=self.exports,
-            model=integers,
-        )
-        return lab.parities(artifacts, outputs, asked=steps.verify)
+        """Compare outputs on devices with this host's."""
+        outputs = None
+        if data.evaluation is not None:
+            outputs = Outputs(
+                evaluation=data.evaluation,
+                preprocessing=self.preprocessing,
+                images=0,
+                exports=self.exports,
+                model=integers,
+            )
+        return lab.parities(artifacts, outputs, data.why_not)
 
     def _publish(self, integers: Path) -> None:
         """Lay the model where a person looks, and take away what an earlier one left."""

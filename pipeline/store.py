@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -299,6 +300,11 @@ class Store:
         if found is not None:
             self.reused.append(stage.name)
             return found
+        with _lock_of(self._folder(stage)):
+            # Another thread may have made it meanwhile.
+            return self.find(stage) or self._made(stage, make)
+
+    def _made(self, stage: Stage, make: Callable[[Path], None]) -> Path:
         folder = self._folder(stage)
         started = time.monotonic()
         with writing(folder) as partial:
@@ -318,6 +324,14 @@ class Store:
 
     def _folder(self, stage: Stage) -> Path:
         return self.root / f"{stage.name}-{stage.key()[:16]}"
+
+
+_locks: dict[Path, threading.Lock] = {}
+
+
+def _lock_of(folder: Path) -> threading.Lock:
+    """Return what keeps two threads of this process from making one stage at the same time."""
+    return _locks.setdefault(folder.absolute(), threading.Lock())
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from pipeline.errors import EdgeError, WorkerError
 from pipeline.store import cannot_write
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
     from types import TracebackType
 
 PROGRESS_SECONDS = 0.05
@@ -60,12 +61,25 @@ class Reply:
 
 
 _running: set[subprocess.Popen[str]] = set()
+ending = threading.Event()
+"""Set where all work is to end: what waits for something else than a process looks at it."""
 
 
 def end_all() -> None:
     """Kill every worker of this process: what waits for one gets a `WorkerError` at once."""
+    ending.set()
     for process in tuple(_running):
         process.kill()
+
+
+@contextlib.contextmanager
+def ended_with_all(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Let `end_all` kill a process that is no worker, while the block runs."""
+    _running.add(process)
+    try:
+        yield
+    finally:
+        _running.discard(process)
 
 
 class Worker:

@@ -1,13 +1,14 @@
 """What the gate asks of devices that count instructions, and of what artifacts compute on them.
 
 In: a report, and for growth the accepted one. Out: a check per row. Counts repeat, so they need no
-interval: a limit on them decides.
+interval; shares of images have one.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pipeline.statistics import proportion_interval
 from reports.document import Check
 
 if TYPE_CHECKING:
@@ -68,13 +69,18 @@ def parities(report: Report, limit: float) -> Iterator[Check]:
         beside = "the reference" if row.against == "reference" else "the host"
         name = f"{row.runtime} {row.scheme} on {row.device} agrees with {beside}"
         share = row.top1_agreement
-        if share is None:
+        if share is None or row.n is None:
             yield _without(name, row, limit)
         else:
             lead = row.largest_flip_margin
             flips = "none differs" if lead is None else f"the largest lead that flips is {lead:.3g}"
             why = f"{row.n} images, {flips}; logits differ by {row.max_abs_logit_diff:.3g} at most"
-            yield _decided(name, share, limit, why, good=share >= limit)
+            low, high = proportion_interval(round(share * row.n), row.n)
+            outcome: CheckOutcome = (
+                "pass" if low >= limit else "fail" if high < limit else "inconclusive"
+            )
+            why += f"; 95 % interval {low:.4f} to {high:.4f}"
+            yield Check(name=name, outcome=outcome, value=share, limit=limit, why=why)
 
 
 def _decided(name: str, value: float, limit: float, why: str, *, good: bool) -> Check:

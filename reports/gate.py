@@ -123,9 +123,13 @@ def _missing(report: Report, budget: Budget, runtime: str) -> Iterator[str]:
         budget.faster_than_float or budget.max_latency_ratio or budget.baseline.max_latency_ratio
     )
     for row in rows:
-        results: list[Accuracy | Latency] = [row.accuracy, *(row.latency if timed else ())]
-        if timed and not row.latency:
+        results: list[Accuracy | Latency] = [row.accuracy]
+        times = _times(row)
+        if timed and not times:
             yield f"{row.scheme}: no latency"
+        elif timed and all(one.outcome != "measured" for one in times):
+            # A device that cannot run it does not undo what another has measured.
+            results.append(times[0])
         for result in results:
             if result.outcome != "measured":
                 yield f"{row.scheme}: {result.outcome}, {result.reason}"
@@ -362,7 +366,7 @@ def _against_baseline(
         if budget.max_latency_ratio is not None:
             limit, name = budget.max_latency_ratio, f"{label}: latency"
             if (unlike := _incomparable(report, baseline, row, base)) is None:
-                yield _baseline_latency(name, row, base, limit, clock)
+                yield from _baseline_latency(name, row, base, limit, clock)
             else:
                 yield _open(name, limit, unlike)
 
@@ -414,33 +418,42 @@ def _unpacked(bits: str, n: int) -> NDArray[np.bool_]:
 
 def _baseline_latency(
     name: str, row: ArtifactRow, base: ArtifactRow, limit: float, clock: str
-) -> Check:
+) -> Iterator[Check]:
     """Compare int8 / float ratios: they hold between busy and quiet hours, milliseconds do not."""
-    pairs = [
-        (now, before)
-        for now in row.latency
-        for before in base.latency
-        if (now.device, now.threads) == (before.device, before.threads)
-    ]
-    for now, before in pairs:
-        ratio, interval = _ratio(now, clock)
-        ratio_before, interval_before = _ratio(before, clock)
-        if ratio is None or interval is None or ratio_before is None or interval_before is None:
-            continue
-        low, high = interval[0] / interval_before[1], interval[1] / interval_before[0]
-        outcome: CheckOutcome = (
-            "pass" if high <= limit else "fail" if low > limit else "inconclusive"
-        )
-        why = (
-            f"int8 / float {clock} time {ratio:.3f} on {now.device}, {ratio_before:.3f} in the "
-            f"baseline; interval of the ratio {low:.3f} to {high:.3f}"
-        )
-        value = ratio / ratio_before
-        return Check(name=name, outcome=outcome, value=value, limit=limit, why=why)
-    unmeasured = [latency for latency in _times(row) if latency.outcome != "measured"]
-    if unmeasured and len(unmeasured) == len(_times(row)):
-        return _unmeasured(name, limit, unmeasured[0])
-    return _open(name, limit, "the baseline has no latency on this device: accept a new one")
+    accepted = {(one.device, one.threads): one for one in base.latency}
+    answered = False
+    for now in _times(row):
+        before = accepted.get((now.device, now.threads))
+        if now.outcome == "failed":
+            answered = True
+            yield _unmeasured(f"{name} on {now.device}", limit, now)
+        elif before is not None:
+            check = _growth(f"{name} on {now.device}", now, before, limit, clock)
+            answered = answered or check is not None
+            yield from [check] if check is not None else []
+    if not answered:
+        unmeasured = [one for one in _times(row) if one.outcome != "measured"]
+        if unmeasured and len(unmeasured) == len(_times(row)):
+            yield _unmeasured(name, limit, unmeasured[0])
+        else:
+            why = "the baseline has no latency on this device: accept a new one"
+            yield _open(name, limit, why)
+
+
+def _growth(name: str, now: Latency, before: Latency, limit: float, clock: str) -> Check | None:
+    """Compare one device's ratios; None where one of them was not measured."""
+    ratio, interval = _ratio(now, clock)
+    ratio_before, interval_before = _ratio(before, clock)
+    if ratio is None or interval is None or ratio_before is None or interval_before is None:
+        return None
+    low, high = interval[0] / interval_before[1], interval[1] / interval_before[0]
+    outcome: CheckOutcome = "pass" if high <= limit else "fail" if low > limit else "inconclusive"
+    why = (
+        f"int8 / float {clock} time {ratio:.3f} on {now.device}, {ratio_before:.3f} in the "
+        f"baseline; interval of the ratio {low:.3f} to {high:.3f}"
+    )
+    value = ratio / ratio_before
+    return Check(name=name, outcome=outcome, value=value, limit=limit, why=why)
 
 
 def _ratio(latency: Latency, clock: str) -> tuple[float | None, tuple[float, float] | None]:

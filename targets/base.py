@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from pipeline.errors import MissingRuntimeError, UsageError
 from pipeline.placements import PLACEMENTS
-from pipeline.records import DeviceState  # noqa: TC001 - pydantic reads it at run time
+from pipeline.records import DeviceState, Kind  # noqa: TC001 - pydantic reads them at run time
 from pipeline.store import library_versions
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pipeline.records import Export, Isa, Kind, Layer, OpKind, Proof, Scheme
+    from pipeline.records import Export, Isa, Layer, OpKind, Proof, Scheme
     from pipeline.worker import Progress
     from targets.graph import Graph
 
@@ -134,15 +134,33 @@ class Runtime(Protocol):
         """Ask the runtime's own profiler what each operation takes: medians, in order."""
 
 
+HOST = "host"
+"""The machine that this project runs on, as `DeviceInfo.machine`."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceInfo:
-    """What a device is."""
+    """What a device is.
+
+    Attributes:
+        name: As `--device` takes it.
+        kind: What its measurements are.
+        isa: Its flags, as far as kernels are chosen by them.
+        description: For a person.
+        cores: That runtimes may use.
+        machine: What it is timed on: devices of one machine are measured in turn. Empty where it
+            is a machine of its own.
+        versions: Of what runs there, as far as it is not this environment's: they belong to the
+            key of what was measured.
+    """
 
     name: str
     kind: Kind
     isa: tuple[str, ...]
     description: str
     cores: int
+    machine: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

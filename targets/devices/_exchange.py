@@ -6,6 +6,7 @@ from the runner's result, validated, `Samples`, logits or one line that says wha
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from targets.devices.local import ISA_FLAGS, WARM_UP
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from pipeline.worker import Progress
     from targets.base import Image, Logits
 
 RUNNER = Path(_runner.__file__)
@@ -217,6 +219,13 @@ def read_logits(path: Path, images: int, device: str) -> Logits:
     if logits.dtype != np.float32 or logits.ndim != 2 or len(logits) != images:  # noqa: PLR2004
         raise garbage(device, f"logits {logits.dtype} {logits.shape} of {images} images")
     return logits
+
+
+def tell(line: str, progress: Progress) -> None:
+    """Pass a line of the runner's progress on; a line cut off in the middle is none."""
+    with contextlib.suppress(ValueError, KeyError, TypeError):
+        said = json.loads(line)
+        progress(int(said["done"]), int(said["total"]))
 
 
 def garbage(device: str, got: str) -> DeviceError:

@@ -9,7 +9,6 @@ link costs nothing but the time to reconnect.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 import secrets
 import shlex
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from pipeline.errors import DeviceError
 from pipeline.store import sha256_file
+from pipeline.worker import ending
 from targets.devices import _exchange as exchange
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class Workspace:
                 there[place] = hashes[name]
         linked = (f"ln -sf ../../files/{hashes[n]} {_quoted(run / n)}" for n in files)
         used = " ".join(_quoted(place) for place in places.values())
-        self.do("link files", f"touch {used} && {' && '.join(linked)}")
+        self.do("link files", f"touch -c {used} && {' && '.join(linked)}")
 
     def _push(self, source: Path, place: PurePosixPath, sha256: str, run: PurePosixPath) -> None:
         partial = run / "partial"
@@ -247,7 +247,7 @@ class Workspace:
                 raise exchange.garbage(self.name, _excerpt(said))
             if match["line"] != last:
                 last, since = match["line"], time.monotonic()
-                _tell(last, progress)
+                exchange.tell(last, progress)
             if match["code"] == "0":
                 return
             if match["code"] or not match["alive"]:
@@ -258,7 +258,12 @@ class Workspace:
                     allowed="a turn of every artifact in that time",
                     do="Choose a smaller network or input, or look what else runs there",
                 )
-            time.sleep(pause)
+            if ending.wait(pause):
+                raise DeviceError(
+                    f"{self.name}: interrupted",
+                    allowed="a run to the end",
+                    do="Start it again: what was finished is kept",
+                )
 
     def _died(self, run: PurePosixPath, program: Program, code: str) -> DeviceError:
         """Say why the runner ended without a result."""
@@ -308,7 +313,8 @@ class Workspace:
             try:
                 return action()
             except LostLinkError:
-                time.sleep(seconds)
+                if ending.wait(seconds):
+                    raise
         return action()
 
     def _refused(self, what: str, answer: Answer) -> DeviceError:
@@ -334,13 +340,6 @@ def scratch() -> Iterator[Path]:
     """Give a folder here for what goes to a device and comes from it."""
     with TemporaryDirectory(prefix="convnext-edge-") as name:
         yield Path(name)
-
-
-def _tell(line: str, progress: Progress) -> None:
-    """Pass a line of progress on; a line cut off in the middle is none."""
-    with contextlib.suppress(ValueError, KeyError, TypeError):
-        said = json.loads(line)
-        progress(int(said["done"]), int(said["total"]))
 
 
 def _excerpt(text: str) -> str:

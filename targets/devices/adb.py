@@ -112,7 +112,9 @@ class Phone:
             return NotRun(reason=str(error))
         if isinstance(info, NotRun):
             return info
-        return replace(info, description=f"{android}, {info.description}")
+        # With other cores or another delegate it is the same phone.
+        phone = f"{FAMILY}:{self.address.serial}"
+        return replace(info, description=f"{android}, {info.description}", machine=phone)
 
     def can_run(self, wanted: Runtime) -> NotRun | None:
         """Ask what measures there."""

@@ -16,7 +16,7 @@ from xml.etree import ElementTree as ET
 
 from pipeline.errors import DeviceError
 from pipeline.records import DeviceState
-from targets.base import DeviceInfo, NotRun
+from targets.base import HOST, DeviceInfo, NotRun
 from targets.devices.local import Local, available_cores
 from targets.runtimes._onnx_file import as_session, elsewhere, load, session
 
@@ -69,6 +69,7 @@ class Cuda(Local):
             isa=(),
             description=gpu.description,
             cores=available_cores(),
+            machine=HOST,
         )
 
     def can_run(self, wanted: Runtime) -> NotRun | None:

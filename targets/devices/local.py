@@ -21,7 +21,7 @@ import numpy as np
 
 from pipeline.store import library_versions
 from pipeline.worker import NOTHING, Worker
-from targets.base import DeviceInfo, Job, NotRun, Samples, kind_here, run_padded, runtime
+from targets.base import HOST, DeviceInfo, Job, NotRun, Samples, kind_here, run_padded, runtime
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -71,6 +71,7 @@ class Local:
             isa=isa_flags(),
             description=cpu_name(),
             cores=available_cores(),
+            machine=HOST,
         )
 
     def can_run(self, wanted: Runtime) -> NotRun | None:

@@ -392,6 +392,26 @@ def test_latency_against_a_baseline_compares_ratios(ratio: float, outcome: str) 
     assert check.value == pytest.approx(ratio / 0.5)
 
 
+def test_every_device_is_held_against_the_baseline() -> None:
+    budget = Budget(baseline=BaselineBudget(max_latency_ratio=1.1))
+    before = _report(_row(latency=(_latency(0.5), _latency(0.3, device="ssh:pi"))))
+    now = _report(_row(latency=(_latency(0.5, 0.01), _latency(0.9, device="ssh:pi"))))
+    checks = judge(now, budget, before).checks
+    assert [check.outcome for check in checks] == ["pass", "fail"]
+    assert checks[1].name.endswith("latency on ssh:pi")
+
+
+def test_a_device_that_cannot_run_it_does_not_undo_what_another_measured() -> None:
+    cannot = Latency(device="cuda", outcome="not_run", reason="no way to a GPU", threads=1)
+    row = _row(latency=(_latency(0.5), cannot))
+    gate = judge(_report(row), Budget(require=("onnx",), max_latency_ratio=0.9))
+    assert gate.outcome == "pass"
+    alone = judge(
+        _report(_row(latency=(cannot,))), Budget(require=("onnx",), max_latency_ratio=0.9)
+    )
+    assert alone.outcome == "fail"
+
+
 def test_latency_of_another_device_is_open() -> None:
     budget = Budget(baseline=BaselineBudget(max_latency_ratio=1.2))
     before = _report(_row(latency=(_latency(0.5, device="phone"),)))
@@ -443,15 +463,18 @@ def test_a_count_that_failed_fails_and_counts_are_no_times() -> None:
     assert nothing.outcome == "inconclusive"
 
 
-@pytest.mark.parametrize(("share", "outcome"), [(1.0, "pass"), (0.98, "fail")])
-def test_a_device_gives_the_classes_of_the_host(share: float, outcome: str) -> None:
+@pytest.mark.parametrize(
+    ("share", "limit", "outcome"),
+    [(1.0, 0.96, "pass"), (1.0, 0.99, "inconclusive"), (0.9, 0.99, "fail")],
+)
+def test_a_device_gives_the_classes_of_the_host(share: float, limit: float, outcome: str) -> None:
     found = Parity(
         device="emulated-arm64:pi5", runtime="tflite", scheme="w8a8", outcome="measured",
         kind="emulated", against="host", n=100, top1_agreement=share, max_abs_logit_diff=0.02,
         largest_flip_margin=None if share == 1 else 0.01,
     )  # fmt: skip
     report = _report(_row()).model_copy(update={"parity": (found,)})
-    check = _only(report, Budget(min_device_agreement=0.99))
+    check = _only(report, Budget(min_device_agreement=limit))
     assert (check.outcome, check.value) == (outcome, share)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from calib.collect import collect
 from pipeline.convnext import Site, empty, seeded, variant
 from pipeline.fold import fold
 from pipeline.quantize import Given, quantize
-from pipeline.records import Architecture, Export, Preprocessing, Scheme
+from pipeline.records import Architecture, Export, Preprocessing, QuantizedModel, Scheme
 from pipeline.trace import structure, trace
 from targets.base import Runtime, placement_of, runtimes
 from targets.export import metadata
@@ -65,16 +66,22 @@ def images(channels: int, n: int = 8) -> np.ndarray[Any, np.dtype[np.float32]]:
     return fine.clamp(0, 255).numpy()
 
 
-def graph_of(
-    feature: str, target: Runtime, scheme: Scheme, placement: str, form: str | None = None
-) -> Graph:
+@functools.cache
+def quantized(feature: str) -> tuple[QuantizedModel, dict[str, np.ndarray[Any, Any]]]:
+    """Quantize a network once for every runtime, form and placement; nobody changes the arrays."""
     net = architecture(feature)
     grey: dict[str, Any] = {"mean": (0.5,), "std": (0.25,)} if net.in_channels == 1 else {}
     how = Preprocessing(input_size=SIZE, **grey)
     folded = fold(seeded(net, 3), how)
     sample = images(net.in_channels)
     given = Given(folded=folded, statistics=collect(folded, [sample]), sample=sample)
-    record, arrays = quantize(given, how, labels=None, parents={})
+    return quantize(given, how, labels=None, parents={})
+
+
+def graph_of(
+    feature: str, target: Runtime, scheme: Scheme, placement: str, form: str | None = None
+) -> Graph:
+    record, arrays = quantized(feature)
     can = target.capabilities
     export = Export(
         runtime=target.name,
@@ -84,7 +91,7 @@ def graph_of(
         gelu=can.gelu,
         profile="avx2" if scheme == "w8a8" else None,
     )
-    return build_graph(record, arrays, can, export)
+    return build_graph(record, dict(arrays), can, export)
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -6,8 +6,6 @@ An emulator's clock says nothing of a board's, so no time comes out, and no coun
 
 from __future__ import annotations
 
-import contextlib
-import json
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pipeline.errors import DeviceError, UsageError
-from pipeline.worker import silent
+from pipeline.store import sha256_file
+from pipeline.worker import ended_with_all, ending, silent
 from targets.base import DeviceInfo, NotRun, Samples
 from targets.devices._exchange import (
     LOGITS,
@@ -26,6 +25,7 @@ from targets.devices._exchange import (
     inferring,
     read_logits,
     read_result,
+    tell,
     timing,
 )
 from targets.devices.emulated_arm64 import guest, plugin, sysroot
@@ -67,7 +67,8 @@ class EmulatedArm64:
             guest.require_tools(tuple(guest.TOOLS))
         except DeviceError as error:
             return NotRun(reason=str(error))
-        if sysroot.find() is None:
+        root = sysroot.find()
+        if root is None:
             return NotRun(reason=f"its sysroot is not built; run: {sysroot.SETUP_COMMAND}")
         return DeviceInfo(
             name=self.name,
@@ -75,6 +76,11 @@ class EmulatedArm64:
             isa=tuple(flag for flag in ISA_FLAGS if flag in self.profile.features.split()),
             description=f"{self.profile.describes}, emulated by QEMU",
             cores=CORES,
+            versions={
+                "qemu": guest.version(),
+                "sysroot": root.name,
+                "plugin": sha256_file(plugin.SOURCE),
+            },
         )
 
     def can_run(self, wanted: Runtime) -> NotRun | None:
@@ -184,15 +190,26 @@ class EmulatedArm64:
             plugin=counter,
             counts=folder / COUNTS,
         )
+        if ending.is_set():
+            raise DeviceError(
+                f"{self.name}: interrupted", allowed="a run to the end", do="Start it again"
+            )
         with (
             (folder / LOG).open("w") as log,
             subprocess.Popen(
-                words, stdout=subprocess.PIPE, stderr=log, text=True, env=guest.environment(root)
+                words,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env=guest.environment(root),
+                # Ctrl-C is this process's to handle.
+                start_new_session=True,
             ) as process,
+            ended_with_all(process),
         ):
             try:
                 for line in process.stdout or ():
-                    _tell(line, progress)
+                    tell(line, progress)
                 process.wait()
             finally:
                 process.kill()
@@ -204,13 +221,6 @@ class EmulatedArm64:
                 do="Try another artifact or another profile",
             )
         return read_result((folder / RESULT).read_bytes(), task, self.name)
-
-
-def _tell(line: str, progress: Progress) -> None:
-    """Pass a line of progress on; a guest that is killed may cut one off."""
-    with contextlib.suppress(ValueError, LookupError):
-        said = json.loads(line)
-        progress(said["done"], said["total"])
 
 
 def _last(lines: Sequence[str]) -> str:

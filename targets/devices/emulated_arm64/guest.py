@@ -1,13 +1,15 @@
 """How a Python of the sysroot is started under QEMU.
 
-In: a sysroot, a profile, arguments. Out: a command line and its environment; nothing is run here.
+In: a sysroot, a profile, arguments. Out: a command line and its environment.
 QEMU's user mode translates one program: no kernel, no chroot, no binfmt.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+import subprocess
 from typing import TYPE_CHECKING
 
 from pipeline.errors import DeviceError
@@ -23,6 +25,7 @@ QEMU = "qemu-aarch64"
 TOOLS = {QEMU: "qemu-user", "mmdebstrap": "mmdebstrap", "gcc": "gcc"}
 """What the host must have, and Debian's package of it."""
 PYTHON = "usr/bin/python3.11"
+ANSWER_S = 30
 ROOT, VIEWS, WHEELS = "root", "views", "wheels"
 
 
@@ -39,6 +42,18 @@ def require_tools(names: Sequence[str]) -> None:
             allowed="a Linux machine with " + ", ".join(TOOLS),
             do=f"Run: apt-get install -y {' '.join(TOOLS[name] for name in missing)}",
         )
+
+
+@functools.cache
+def version() -> str:
+    """Return what QEMU calls itself; empty where it cannot be asked."""
+    try:
+        done = subprocess.run(
+            [QEMU, "--version"], capture_output=True, text=True, check=False, timeout=ANSWER_S
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return next(iter(done.stdout.splitlines()), "")
 
 
 def command(
