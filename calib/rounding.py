@@ -78,7 +78,8 @@ def gptq(
     factor, first = lapack.dpotrf(damped)
     inverse, second = lapack.dpotri(factor)
     upper, third = lapack.dpotrf(inverse)
-    if first or second or third:
+    # LAPACK passes NaN on without a word.
+    if first or second or third or not np.isfinite(upper).all():
         raise np.linalg.LinAlgError("a layer's second moments are not positive definite")
     # Columns become rows: each is read and written whole.
     steps = np.ascontiguousarray((weight[:, order] / along_rows(scales.astype(np.float64), 2)).T)

@@ -120,7 +120,7 @@ class Lab:
     ) -> None:
         self.stages = stages
         self.image_shape = image_shape
-        before = {one.place: one for one in known}
+        self.before = before = {one.place: one for one in known}
         spots = [
             _Spot(
                 place=place,
@@ -137,8 +137,10 @@ class Lab:
         """Return the places that have answered, now or before."""
         return [
             Known(place=spot.place, info=spot.info, images=spot.images)
-            for spot in self.spots
             if isinstance(spot.info, DeviceInfo)
+            else self.before[spot.place]
+            for spot in self.spots
+            if isinstance(spot.info, DeviceInfo) or spot.place in self.before
         ]
 
     def latencies(self, artifacts: Sequence[Artifact], *, asked: bool) -> list[list[Latency]]:

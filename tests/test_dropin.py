@@ -7,10 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from pipeline.store import PACKAGES
-from reports.document import read_report
+from reports.document import ArtifactRow, read_report
 
 ROOT = Path(__file__).parents[1]
 
@@ -100,11 +103,12 @@ DEVICE = Toaster()
 
 
 SHELF = """
+import os
 from dataclasses import dataclass
 
 import numpy as np
 
-from targets.base import DeviceInfo, OpTime, Samples
+from targets.base import DeviceInfo, NotRun, OpTime, Samples
 
 
 @dataclass
@@ -112,6 +116,8 @@ class Board:
     name: str
 
     def probe(self):
+        if os.environ.get("SHELF") == "away":
+            return NotRun(reason="the shelf is away")
         return DeviceInfo(
             name=self.name, kind="emulated", isa=("asimd",), description="a board", cores=1
         )
@@ -161,8 +167,13 @@ DEVICES = Shelf()
 """
 
 
-def test_one_file_each_goes_through_run(tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
+Cli = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
+    """The command line of a tree with one more runtime, one more device and one more family."""
+    tree = tmp_path_factory.mktemp("tree")
     for package in PACKAGES:
         shutil.copytree(
             ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__")
@@ -173,12 +184,11 @@ def test_one_file_each_goes_through_run(tmp_path: Path) -> None:
     (toaster / "__init__.py").touch()
     (toaster / "device.py").write_text(DEVICE)
     (tree / "targets" / "devices" / "shelf.py").write_text(SHELF)
-    out = tmp_path / "run"
 
-    def cli(*words: str) -> str:
+    def call(*words: str, **variables: str) -> str:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "pipeline.cli", *words],
-            env={**os.environ, "PYTHONPATH": str(tree)},
+            env={**os.environ, "PYTHONPATH": str(tree), **variables},
             capture_output=True,
             text=True,
             check=False,
@@ -186,23 +196,41 @@ def test_one_file_each_goes_through_run(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
+    return call
+
+
+@pytest.fixture(scope="module")
+def out(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder, measured on the toaster."""
+    folder = tmp_path_factory.mktemp("run") / "run"
     wanted = ("--runtimes", "fake", "--device", "toaster", "--eval-images", "40")
-    cli("run", *wanted, "--out", str(out))
-    row = next(r for r in read_report(out).artifacts if r.scheme == "w8a8")
+    cli("run", *wanted, "--out", str(folder))
+    return folder
+
+
+def quantized(out: Path) -> ArtifactRow:
+    return next(row for row in read_report(out).artifacts if row.scheme == "w8a8")
+
+
+def test_one_file_each_goes_through_run(out: Path) -> None:
+    row = quantized(out)
     assert row.runtime == "fake"
     assert row.accuracy.outcome == "measured"
     assert row.latency[0].device == "toaster"
     assert row.latency[0].speedup == 2.0
     assert (out / "pages" / "toaster.md").is_file()
 
+
+def test_a_family_s_devices_are_listed(cli: Cli) -> None:
     facts = {row["device"]: row for row in json.loads(cli("devices", "--json"))}
     assert facts["shelf:lower"]["usable"]
     assert facts["shelf:lower"]["kind"] == "emulated"
 
-    # A device of a family joins the report; what was measured elsewhere stays in it.
+
+def test_a_family_s_devices_join_the_report(cli: Cli, out: Path, tmp_path: Path) -> None:
     (tmp_path / "lab.toml").write_text('[a]\ndevice = "shelf:upper"\n[b]\ndevice = "shelf:lower"\n')
     cli("bench", str(out), "--device", "all", "--inventory", str(tmp_path / "lab.toml"))
-    row = next(r for r in read_report(out).artifacts if r.scheme == "w8a8")
+    row = quantized(out)
     assert [one.device for one in row.latency] == ["toaster", "shelf:upper", "shelf:lower"]
     assert row.latency[0].speedup == 2.0
     counted = row.latency[2]
@@ -216,15 +244,36 @@ def test_one_file_each_goes_through_run(tmp_path: Path) -> None:
     assert told["shelf:lower", "w8a8"] == ({"gelu": 3.0}, {"gelu": 2})
     assert len(told) == 4
 
+
+def test_outputs_on_a_device_are_held_against_this_host(cli: Cli, out: Path) -> None:
     cli("verify", str(out), "--device", "shelf:upper", "--images", "8")
     report = read_report(out)
-    rows = {r.against: r for r in report.parity if r.scheme == "w8a8"}
-    assert {r.device for r in report.parity} == {"shelf:upper"}
+    ours = [row for row in report.parity if row.device == "shelf:upper"]
+    rows = {r.against: r for r in ours if r.scheme == "w8a8"}
     # On this host the fake says 3 to everything, with a lead of one.
     assert rows["host"].n == 8
     assert rows["host"].top1_agreement == 0.75
     assert rows["host"].max_abs_logit_diff == 5.0
     assert rows["host"].largest_flip_margin == 1.0
     assert rows["reference"].diff_over_error is not None
-    assert next(r for r in report.artifacts if r.scheme == "w8a8").latency[1:] == row.latency[1:]
+    assert quantized(out).latency[0].device == "toaster"
     assert "the same artifact on the host" in (out / "pages" / "shelf-upper.md").read_text()
+
+
+def test_a_device_that_is_away_keeps_what_it_gave(cli: Cli, out: Path) -> None:
+    both = ("--device", "shelf:upper", "--device", "shelf:lower")
+    cli("bench", str(out), *both)
+    cli("verify", str(out), "--device", "shelf:upper", "--images", "8")
+    before = read_report(out)
+    cli("verify", str(out), "--device", "shelf:lower", SHELF="away")
+    report = read_report(out)
+    latency = quantized(out).latency
+    assert [one.outcome for one in latency] == ["measured", "measured", "not_run"]
+    assert latency[2].reason == "the shelf is away"
+    kept = [[r for r in one.parity if r.device == "shelf:upper"] for one in (report, before)]
+    assert kept[0] == kept[1] != []
+    missing = [r for r in report.parity if r.device == "shelf:lower"]
+    assert [(r.outcome, r.reason) for r in missing] == [("not_run", "the shelf is away")] * 2
+    # Nobody asks for it: it is not asked anything, and what it gave stands.
+    cli("bench", str(out), SHELF="away")
+    assert [one.outcome for one in quantized(out).latency] == ["measured"] * 3

@@ -56,6 +56,14 @@ def test_four_bits_stay_within_seven(method: str) -> None:
     assert np.abs(q.astype(int)).max() == 7
 
 
+@pytest.mark.parametrize("wrong", [float("nan"), -1.0])
+def test_moments_that_are_none_round_nothing(wrong: float) -> None:
+    grid = weight_grid((OUT, IN), "full", depthwise=False)
+    moments = wrong * np.eye(IN)
+    with pytest.raises(np.linalg.LinAlgError, match="not positive definite"):
+        rounding.gptq(weights(), np.ones(OUT, np.float32), moments, grid)
+
+
 def test_gptq_leaves_headroom_in_every_pair() -> None:
     q, _ = rounded_by("gptq", weight_grid((OUT, IN), "avx2", depthwise=False))
     pairs = q.astype(int).reshape(OUT, -1, 2)

@@ -174,6 +174,15 @@ def test_a_pair_gives_way_to_the_nearest_one_that_fits() -> None:
         assert ((chosen - weight) ** 2).sum() == pytest.approx(least, rel=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(6, 8), (4, 6, 2, 2)])
+def test_pairs_keep_their_headroom_however_a_weight_lies_in_memory(shape: tuple[int, ...]) -> None:
+    of = np.full(shape, 124.0)
+    scales = np.ones(shape[0], np.float32)
+    q = arithmetic.quantize_weight(np.asfortranarray(of), scales, grid(of, "avx2"))
+    assert q.tolist() == arithmetic.quantize_weight(of, scales, grid(of, "avx2")).tolist()
+    assert set(q.ravel().tolist()) == {64}
+
+
 def test_a_depthwise_layer_needs_no_headroom() -> None:
     weight = np.array([[[1.0, 1.0]], [[-2.0, -2.0]]], np.float32)
     bias = np.zeros(2, np.float32)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +125,26 @@ def test_a_stage_is_made_once(tmp_path: Path) -> None:
     assert record["inputs"] == {"checkpoint": "abc"}
     assert record["settings"] == {"size": 32}
     assert Store(tmp_path).find(_stage()) == first
+
+
+def test_two_threads_make_a_stage_once(tmp_path: Path) -> None:
+    calls: list[Path] = []
+    both = threading.Barrier(2)
+
+    def make(folder: Path) -> None:
+        calls.append(folder)
+        time.sleep(0.05)  # long enough for the other to want it too
+        (folder / "result.txt").write_text("made")
+
+    def get(_: int) -> Path:
+        both.wait()
+        return cache.get(_stage(), make)
+
+    cache = Store(tmp_path)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(get, range(2))
+    assert first == second
+    assert len(calls) == 1
 
 
 def test_a_stage_that_another_run_has_finished_is_copied(tmp_path: Path) -> None:

@@ -307,7 +307,8 @@ def test_a_full_disk_is_said(
 
     if when == "before the push":
         fill()
-    how = {**ONCE, "rounds": 30, "per_round": 100, "progress": fill}
+    # Many turns: it must still be running when its first progress is seen.
+    how = {**ONCE, "rounds": 2000, "per_round": 10, "progress": fill}
     with pytest.raises(DeviceError, match="the disk is full there") as said:
         server.board().measure(jobs(artifacts), pixels[:1], **how)
     assert filled
