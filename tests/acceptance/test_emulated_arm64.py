@@ -26,7 +26,7 @@ from targets.export import read_metadata
 
 pytestmark = pytest.mark.acceptance
 
-IMAGES = 24
+IMAGES = 100
 PLACEMENTS = {"pointwise": ("onnx", "openvino"), "pointwise-io": ("tflite",)}
 RUNTIMES = ("onnx", "openvino", "tflite")
 BOARDS = ("pi4", "pi5", "phone")
@@ -116,10 +116,7 @@ def test_arm_computes_what_x86_and_the_reference_compute(
         expected = infer(here, job(artifacts[name], reference, scheme), pixels)
         largest = np.abs(arm - expected).max()
         assert largest < BOUNDS[scheme] * np.abs(expected).max()
-        best = np.sort(expected, axis=1)[:, ::-1]
-        sure = best[:, 0] - best[:, 1] > 2 * largest
-        assert sure.mean() > 0.8
-        np.testing.assert_array_equal(arm[sure].argmax(1), expected[sure].argmax(1))
+        assert (arm.argmax(1) == expected.argmax(1)).mean() >= 0.99
 
 
 @pytest.mark.parametrize("name", ["onnx", "tflite"])

@@ -7,8 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import pytest
 from numpy.typing import NDArray
 
 from pipeline.errors import DeviceError
-from pipeline.worker import silent
+from pipeline.worker import end_all, ending, silent
 from targets.base import DeviceInfo, Job, NotRun, run_padded, runtimes
 from targets.devices._remote import Remote
 from targets.devices._workspace import Answer, LostLinkError, Patience
@@ -273,6 +275,27 @@ def test_ctrl_c_ends_what_runs_there(
         time.sleep(0.1)
     assert processes_in(shell.home) == []
     assert shell.closed == 1
+
+
+def test_what_waits_in_another_thread_ends_with_all_work(
+    artifacts: Mapping[str, Path], pixels: NDArray[np.float32], remote: Remote, shell: Shell
+) -> None:
+    seen = threading.Event()
+    many = {**ONCE, "rounds": 100_000, "progress": lambda *_: seen.set()}
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(remote.measure, jobs(artifacts), pixels[:1], **many)
+        assert seen.wait(60)
+        end_all()
+        try:
+            with pytest.raises(DeviceError, match="interrupted"):
+                running.result(timeout=60)
+        finally:
+            ending.clear()
+    assert left(shell) == []
+    deadline = time.monotonic() + 10
+    while processes_in(shell.home) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_in(shell.home) == []
 
 
 @pytest.mark.parametrize("word", ["mkdir -p", "tail -n 1"])
