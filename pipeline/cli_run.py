@@ -122,7 +122,7 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
         ] = None,
         bench: Annotated[bool | None, typer.Option("--bench/--no-bench")] = None,
         device: Annotated[str | None, typer.Option(help="Where latency is measured.")] = None,
-        threads: Annotated[int | None, typer.Option(help="Threads while measuring.")] = None,
+        threads: Annotated[int | None, typer.Option(min=1, help="Threads while measuring.")] = None,
         allow_overlap: Annotated[
             bool | None,
             typer.Option("--allow-overlap", help="Images may calibrate and evaluate alike."),
@@ -357,7 +357,7 @@ def verify(
 def bench(
     run_dir: RunDir,
     device: Devices = None,
-    threads: Annotated[int | None, typer.Option(help="Threads while measuring.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads while measuring.")] = None,
     inventory: Inventory = None,
 ) -> None:
     """Measure the latency of a run folder's artifacts; a device's rows join the report."""
@@ -386,7 +386,7 @@ def tune(
         str, typer.Option(help="quick, or full: all placements, with integers chosen anew.")
     ] = "quick",
     device: Annotated[str | None, typer.Option(help="Where candidates are measured.")] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads while measuring.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads while measuring.")] = None,
 ) -> None:
     """Choose each runtime's graph form and placement by measurement; export and measure those."""
     from pipeline.errors import UsageError

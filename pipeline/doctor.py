@@ -72,7 +72,7 @@ def show_devices(facts: list[dict[str, Any]], console: Console) -> None:
     places = Table("device", "usable", "kind", "what it is")
     for row in facts:
         usable = "yes" if row["usable"] else "no"
-        places.add_row(row["device"], usable, row.get("kind", ""), escape(row["what"]))
+        places.add_row(escape(row["device"]), usable, row.get("kind", ""), escape(row["what"]))
     console.print(places)
 
 

@@ -46,10 +46,19 @@ def read_inventory(file: Path) -> dict[str, Place]:
             allowed='a table per device: [name], device = "ssh:user@host", threads = 1',
             do="Correct the file or --inventory",
         ) from error
-    if ALL in found:
-        raise UsageError(
-            f"{file} calls a device {ALL!r}", allowed="another name", do="Rename it in the file"
-        )
+    for name, place in found.items():
+        if name == ALL or not name.strip() or not name.isprintable():
+            raise UsageError(
+                f"{file} calls a device {name!r}",
+                allowed=f"a name of printable characters other than {ALL}",
+                do="Rename it in the file",
+            )
+        try:
+            base.device(place.device)
+        except UsageError as error:
+            raise UsageError(
+                f"{file}, [{name}]: {error.got}", allowed=error.allowed, do="Correct the file"
+            ) from error
     return found
 
 
@@ -68,8 +77,14 @@ def places_of(
     """
     found: list[Place] = []
     for word in words:
-        if word == ALL and inventory:
+        if word == ALL:
             places = list(inventory.values())
+            if not places:
+                raise UsageError(
+                    f"--device {ALL} means every device of an inventory, and there is none",
+                    allowed="--inventory FILE with at least one device",
+                    do="Give --inventory, or name the devices",
+                )
         else:
             places = [inventory.get(word) or Place(device=word)]
         for place in places:

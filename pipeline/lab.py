@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, UsageError
 from pipeline.measure import Timing
 from pipeline.parity import Comparison
 from pipeline.records import Parity, Place
@@ -64,14 +64,25 @@ def kept_places(file: Path) -> tuple[Known, ...]:
     """
     if not file.exists():
         return ()
+    allowed = "what `convnext-edge bench --device` of this version wrote"
     try:
-        return _KNOWN.validate_json(file.read_bytes())
+        found = _KNOWN.validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
         raise ArtifactError(
-            f"{file} names no devices ({type(error).__name__})",
-            allowed="what `convnext-edge bench --device` of this version wrote",
-            do="Remove the file: `bench RUN_DIR --device NAME` writes it again",
+            f"{file} names no devices: it is damaged",
+            allowed=allowed,
+            do="Remove the file, and name each device again: `bench RUN_DIR --device NAME`",
         ) from error
+    for one in found:
+        try:
+            base.device(one.place.device)
+        except UsageError as error:
+            raise ArtifactError(
+                f"{file} names a device {one.place.device!r}: {error.got}",
+                allowed=error.allowed,
+                do="Remove its entry from the file; what the others gave stays",
+            ) from error
+    return found
 
 
 def to_json(known: Sequence[Known]) -> bytes:
@@ -236,8 +247,26 @@ class Lab:
         return [found[index] for index in range(len(spots))]
 
 
+def check_threads(info: DeviceInfo | NotRun, threads: int) -> None:
+    """Check that a device has as many cores as threads are asked for.
+
+    Raises:
+        UsageError: It has fewer.
+    """
+    if isinstance(info, DeviceInfo) and threads > info.cores:
+        raise UsageError(
+            f"--threads {threads} on {info.name}, which has {info.cores} cores",
+            allowed=f"1 to {info.cores}",
+            do="Correct --threads",
+        )
+
+
 def _asked_what_it_is(spot: _Spot) -> _Spot:
-    return replace(spot, info=spot.device.probe()) if spot.asked else spot
+    if not spot.asked:
+        return spot
+    info = spot.device.probe()
+    check_threads(info, spot.place.threads)
+    return replace(spot, info=info)
 
 
 def _images_of(known: Known | None) -> int | None:

@@ -26,7 +26,7 @@ from pipeline.distributed import ranks_here
 from pipeline.errors import ArtifactError, UsageError
 from pipeline.exports import ARTIFACTS, MODEL_FILES, Exports
 from pipeline.finetune import Course, Finetuner, require_trainable
-from pipeline.lab import PLACES, Lab, kept_places
+from pipeline.lab import PLACES, Lab, check_threads, kept_places
 from pipeline.lab import to_json as to_json_places
 from pipeline.layouts import LAYOUTS, kept_layouts
 from pipeline.loaded import read_record
@@ -250,7 +250,7 @@ class _Run:
 
     def execute(self, steps: Steps) -> Finished:
         if steps.bench and self.recipe.bench:
-            _check_threads(self.device, self.recipe.threads)
+            check_threads(self.device.probe(), self.recipe.threads)
         self.display.preprocessing(self.preprocessing, self.sidecar.source)
         # Three stages that follow one another share a process: torch is slow to import.
         with self.stages.worker(MODEL) as worker:
@@ -336,6 +336,9 @@ class _Run:
             ),
             chosen=chosen,
         )
+        # Only now: an interrupted run leaves the places as they were, with all that they gave.
+        if lab.spots:
+            write_atomic(self.out / PLACES, to_json_places(lab.known()))
         # What only exported has nothing to be judged by.
         budget = self.recipe.budget() if steps.verify or steps.bench else None
         return conclude(report, self.out, budget, baseline=self.recipe.baseline, stages=self.stages)
@@ -505,18 +508,15 @@ class _Run:
         )
 
     def _lab(self, steps: Steps, model: Checkpoint) -> Lab:
-        """Return what measures at the places of this folder, and keep those that answer."""
+        """Return what measures at the places of this folder."""
         own = Place(device=self.device.name, threads=self.recipe.threads)
-        lab = Lab(
+        return Lab(
             self.stages,
             [one for one in kept_places(self.out / PLACES) if one.place != own],
             asked=[place for place in steps.places if place != own],
             images=steps.images if steps.verify else None,
             image_shape=self._image_shape(model),
         )
-        if lab.spots:
-            write_atomic(self.out / PLACES, to_json_places(lab.known()))
-        return lab
 
     def _parity(
         self, lab: Lab, artifacts: Sequence[Artifact], data: Data, integers: Path
@@ -570,16 +570,6 @@ def _keeps(
         return found.outcome != "failed", found
     check = paired_check("", found.lost, found.gained, found.n, limit_pp, "the float model")
     return check.outcome != "fail", found
-
-
-def _check_threads(device: base.Device, threads: int) -> None:
-    info = device.probe()
-    if isinstance(info, base.DeviceInfo) and threads > info.cores:
-        raise UsageError(
-            f"--threads {threads} on {info.name}, which has {info.cores} cores",
-            allowed=f"1 to {info.cores}",
-            do="Correct --threads",
-        )
 
 
 def _check_place(out: Path, beside: Path | None) -> None:

@@ -360,7 +360,7 @@ def device(name: str) -> Device:
     known = _single_devices()
     if name not in known:
         raise UsageError(
-            f"unknown device: {name}",
+            f"unknown device: {name or 'no name'}",
             allowed=", ".join([*sorted(devices()), *(f"{family}:ADDRESS" for family in families)]),
             do="Correct --device; `convnext-edge devices` lists what is found",
         )

@@ -30,7 +30,7 @@ from targets.devices._exchange import (
 )
 from targets.devices.emulated_arm64 import guest, plugin, sysroot
 from targets.devices.emulated_arm64.counts import read_counts
-from targets.devices.emulated_arm64.profiles import CORES, PROFILES, Profile
+from targets.devices.emulated_arm64.profiles import PROFILES, Profile
 from targets.devices.emulated_arm64.symbols import Symbols, parse_maps
 from targets.devices.local import ISA_FLAGS
 
@@ -75,7 +75,7 @@ class EmulatedArm64:
             kind="emulated",
             isa=tuple(flag for flag in ISA_FLAGS if flag in self.profile.features.split()),
             description=f"{self.profile.describes}, emulated by QEMU",
-            cores=CORES,
+            cores=1,  # what several execute while they wait does not repeat
             versions={
                 "qemu": guest.version(),
                 "sysroot": root.name,
