@@ -18,7 +18,7 @@ from pipeline.errors import ArtifactError, UsageError
 from pipeline.measure import Timing
 from pipeline.parity import Comparison
 from pipeline.records import Parity, Place
-from pipeline.worker import end_all
+from pipeline.worker import end_all, ending
 from targets import base
 from targets.base import HOST, DeviceInfo, NotRun
 
@@ -244,6 +244,7 @@ class Lab:
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+            ending.clear()  # nothing is left that should see it
         return [found[index] for index in range(len(spots))]
 
 

@@ -136,13 +136,14 @@ def execute(recipe: Recipe, out: Path, steps: Steps, display: Display) -> Finish
     Raises:
         EdgeError: One line for the user; finished stages are kept.
     """
-    ending.clear()
     try:
         return _Run(recipe, out, display, steps.beside).execute(steps)
     except BaseException:
         # Ctrl-C included: a thread that waits for a worker must not keep the process alive.
         end_all()
         raise
+    finally:
+        ending.clear()
 
 
 def stored_recipe(out: Path) -> Recipe:

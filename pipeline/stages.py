@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.distributed import announce
 from pipeline.store import Stage, Store
-from pipeline.worker import Worker, end_all
+from pipeline.worker import Worker, end_all, ending
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -125,3 +125,4 @@ class Stages:
             raise
         finally:
             pool.shutdown(cancel_futures=True)
+            ending.clear()  # nothing is left that should see it
