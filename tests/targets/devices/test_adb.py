@@ -488,7 +488,7 @@ def test_a_full_disk_is_said(
     if when == "before the push":
         fill()
     # Many turns: it must still be running when its first progress is seen.
-    how = {**ONCE, "rounds": 2000, "per_round": 10, "progress": fill}
+    how = {**ONCE, "rounds": 400, "per_round": 10, "progress": fill}
     with pytest.raises(DeviceError, match="the disk is full there") as said:
         lab.phone(lab.attach(), f",tool={tool}", pushed=pushed).measure(
             jobs(artifacts), pixels[:1], **how
