@@ -106,13 +106,14 @@ def _debian(session: nox.Session, packages: list[str], otherwise: str) -> None:
 
 
 def _run_folder(session: nox.Session) -> tuple[str, ...]:
-    """Return the arguments after `--`, or the demo's run folder, made first where it is missing."""
-    if session.posargs:
-        return tuple(session.posargs)
+    """Return the arguments after `--`; where they name no folder, the demo's, made if missing."""
+    words = tuple(session.posargs)
+    if words and not words[0].startswith("-"):
+        return words
     folder = RUNS / "demo"
     if not (folder / "report.json").is_file():
         _cli(session, "run", "--out", str(folder))
-    return (str(folder),)
+    return (str(folder), *words)
 
 
 @nox.session
