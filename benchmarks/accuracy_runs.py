@@ -245,7 +245,7 @@ def evaluate(work: Path, how: Preprocessing, artifact: Row) -> Row:
         how: For what takes normalised pixels.
         artifact: Its `runtime`, `path` and whether it is `ours`.
     """
-    from pipeline.compare import compare
+    from pipeline.logits import compare
 
     lay_out, run = open_artifact(artifact["runtime"], Path(artifact["path"]))
     logits = [

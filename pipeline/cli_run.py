@@ -349,7 +349,9 @@ def verify(
 
     stored = recipe_of(run_dir)
     places = _places(device, None, inventory)
-    steps = Steps(bench=False, choose=False, here=not places, places=places, images=images)
+    away = tuple(place for place in places if place.device != stored.device)
+    here = len(away) < len(places) or not places
+    steps = Steps(bench=False, choose=False, here=here, places=away, images=images)
     _conclude(_execute(stored, run_dir, steps), run_dir)
 
 
@@ -367,12 +369,10 @@ def bench(
 
     stored = recipe_of(run_dir)
     own = Place(device=stored.device, threads=stored.threads)
-    places: tuple[Place, ...] = ()
+    places = _places(device, threads, inventory)
     changes: dict[str, Any] = {"bench": True}
-    if device is None and threads is not None:
+    if not places and threads is not None:
         changes["threads"] = threads
-    elif device is not None:
-        places = _places(device, threads, inventory)
     settings = load_recipe(None, {**stored.model_dump(exclude_none=True), **changes})
     away = tuple(place for place in places if place != own)
     steps = Steps(verify=False, choose=False, here=not places or own in places, places=away)
@@ -424,8 +424,15 @@ def _asking_less(settings: Recipe) -> Recipe:
 def _places(
     words_: list[str] | None, threads: int | None, inventory: Path | None
 ) -> tuple[Place, ...]:
+    from pipeline.errors import UsageError
     from pipeline.inventory import NOTHING, places_of, read_inventory
 
+    if inventory and not words_:
+        raise UsageError(
+            f"--inventory {inventory} without --device",
+            allowed="--device NAME of the inventory, or --device all",
+            do="Name the devices",
+        )
     return places_of(words_ or (), threads, read_inventory(inventory) if inventory else NOTHING)
 
 

@@ -85,7 +85,7 @@ def kept_places(file: Path) -> tuple[Known, ...]:
     return found
 
 
-def to_json(known: Sequence[Known]) -> bytes:
+def places_json(known: Sequence[Known]) -> bytes:
     """Return what `kept_places` reads."""
     return _KNOWN.dump_json(tuple(known), indent=1)
 
@@ -206,7 +206,8 @@ class Lab:
                 device=spot.device,
                 info=spot.info,
                 threads=spot.place.threads,
-                outputs=replace(outputs, images=spot.images),
+                outputs=outputs,
+                images=spot.images,
                 asked=spot.asked,
             )
             return [row for artifact in artifacts for row in one.of(artifact)]

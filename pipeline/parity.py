@@ -16,9 +16,9 @@ from pydantic import TypeAdapter
 
 from calib.images import select
 from calib.preprocess import some_pixels
-from pipeline.compare import parity
 from pipeline.errors import ArtifactError, DeviceError, WorkerError
 from pipeline.exports import MODEL_FILES
+from pipeline.logits import parity
 from pipeline.recipe import NONE
 from pipeline.records import Parity
 from pipeline.store import Stage, file_stem, sha256_file
@@ -51,14 +51,12 @@ class Outputs:
     Attributes:
         evaluation: The images.
         preprocessing: Of them.
-        images: How many of them.
         exports: What a reference artifact is exported with.
         model: Folder with the integers.
     """
 
     evaluation: Chosen
     preprocessing: Preprocessing
-    images: int
     exports: Exports
     model: Path
 
@@ -73,6 +71,7 @@ class Comparison:
         info: What it is.
         threads: For the runtimes.
         outputs: What is compared.
+        images: How many of the images.
         asked: Whether to run what is missing, or only to take over what was finished before.
     """
 
@@ -81,6 +80,7 @@ class Comparison:
     info: DeviceInfo
     threads: int
     outputs: Outputs
+    images: int
     asked: bool
 
     def of(self, artifact: Artifact) -> list[Parity]:
@@ -116,7 +116,7 @@ class Comparison:
             settings={
                 "device": asdict(self.info),
                 "threads": self.threads,
-                "images": outputs.images,
+                "images": self.images,
                 "preprocessing": asdict(outputs.preprocessing),
                 "host": isa_flags(),
             },
@@ -152,7 +152,7 @@ class Comparison:
     def _images(self) -> Image:
         """Return the pixels of images drawn from those of the evaluation."""
         chosen = select(self.outputs.evaluation.selection)
-        return some_pixels(chosen, self.outputs.preprocessing, self.outputs.images)
+        return some_pixels(chosen, self.outputs.preprocessing, self.images)
 
     def _reference(self, wanted: Export) -> Artifact:
         """Return what the reference makes of the same integers."""

@@ -26,8 +26,7 @@ from pipeline.distributed import ranks_here
 from pipeline.errors import ArtifactError, UsageError
 from pipeline.exports import ARTIFACTS, MODEL_FILES, Exports
 from pipeline.finetune import Course, Finetuner, require_trainable
-from pipeline.lab import PLACES, Lab, check_threads, kept_places
-from pipeline.lab import to_json as to_json_places
+from pipeline.lab import PLACES, Lab, check_threads, kept_places, places_json
 from pipeline.layouts import LAYOUTS, kept_layouts
 from pipeline.loaded import read_record
 from pipeline.locate import locate
@@ -339,7 +338,7 @@ class _Run:
         )
         # Only now: an interrupted run leaves the places as they were, with all that they gave.
         if lab.spots:
-            write_atomic(self.out / PLACES, to_json_places(lab.known()))
+            write_atomic(self.out / PLACES, places_json(lab.known()))
         # What only exported has nothing to be judged by.
         budget = self.recipe.budget() if steps.verify or steps.bench else None
         return conclude(report, self.out, budget, baseline=self.recipe.baseline, stages=self.stages)
@@ -528,7 +527,6 @@ class _Run:
             outputs = Outputs(
                 evaluation=data.evaluation,
                 preprocessing=self.preprocessing,
-                images=0,
                 exports=self.exports,
                 model=integers,
             )

@@ -16,9 +16,9 @@ from pydantic import TypeAdapter
 
 from calib.images import select
 from calib.preprocess import batches, check_readable
-from pipeline.compare import agreement, compare
 from pipeline.distributed import group
 from pipeline.loaded import read_record
+from pipeline.logits import agreement, compare
 from pipeline.records import Export, Preprocessing, Selection
 from targets.base import kind_here, run_padded, runtime
 

@@ -260,6 +260,13 @@ def test_outputs_on_a_device_are_held_against_this_host(cli: Cli, out: Path) -> 
     assert "the same artifact on the host" in (out / "pages" / "shelf-upper.md").read_text()
 
 
+def test_the_run_s_own_device_is_no_other_place(cli: Cli, out: Path) -> None:
+    cli("verify", str(out), "--device", "toaster")
+    assert quantized(out).accuracy.outcome == "measured"
+    assert not [row for row in read_report(out).parity if row.device == "toaster"]
+    assert [one.device for one in quantized(out).latency].count("toaster") == 1
+
+
 def test_a_device_that_is_away_keeps_what_it_gave(cli: Cli, out: Path) -> None:
     both = ("--device", "shelf:upper", "--device", "shelf:lower")
     cli("bench", str(out), *both)

@@ -31,7 +31,7 @@ LEVELS = (
     {"pipeline.student", "pipeline.nncf_quantizers", "pipeline.nncf_student"},
     {"pipeline.training_loop", "pipeline.training"},
     {"targets"},
-    {"pipeline.compare", "pipeline.verify", "pipeline.benchmark", "pipeline.sensitivity"},
+    {"pipeline.logits", "pipeline.verify", "pipeline.benchmark", "pipeline.sensitivity"},
     {"pipeline.assign"},
     {"reports"},
     {

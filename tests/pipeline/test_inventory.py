@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import cli_run
 from pipeline.errors import UsageError
 from pipeline.inventory import places_of, read_inventory
 from pipeline.records import Place
@@ -74,3 +75,9 @@ def test_a_file_that_is_none_is_one_line(data: bytes | None, tmp_path: Path) -> 
 def test_all_needs_an_inventory() -> None:
     with pytest.raises(UsageError, match="means every device of an inventory"):
         places_of(["all"], None)
+
+
+def test_an_inventory_needs_a_device(lab: Path) -> None:
+    with pytest.raises(UsageError, match="without --device"):
+        cli_run._places(None, None, lab)
+    assert cli_run._places(None, None, None) == ()

@@ -11,7 +11,7 @@ import pytest
 from pydantic import TypeAdapter
 
 from pipeline.errors import ArtifactError, UsageError
-from pipeline.lab import Known, Lab, check_threads, kept_places, to_json
+from pipeline.lab import Known, Lab, check_threads, kept_places, places_json
 from pipeline.records import Place
 from targets import base
 from targets.base import HOST, DeviceInfo, NotRun
@@ -121,7 +121,7 @@ def test_places_are_kept(tmp_path: Path) -> None:
     file = tmp_path / "devices.json"
     assert kept_places(file) == ()
     known = (Known(place=Place(device="a", threads=2), info=info("a"), images=None),)
-    file.write_bytes(to_json(known))
+    file.write_bytes(places_json(known))
     assert kept_places(file) == known
 
 

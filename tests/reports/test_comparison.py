@@ -14,6 +14,7 @@ from pydantic import TypeAdapter
 from pipeline.benchmark import PER_ROUND, ROUNDS
 from pipeline.errors import ArtifactError
 from pipeline.statistics import change
+from reports import comparison
 from reports.comparison import compare_runs
 from reports.document import read_report
 from targets.base import Samples
@@ -91,6 +92,22 @@ def test_a_change_needs_significance_and_a_factor(
     if verdict in {"slower", "faster"}:
         assert found.p_value is not None
         assert found.p_value < 0.01
+
+
+@pytest.mark.parametrize(
+    ("factor", "ci95", "p_value", "verdict"),
+    [
+        (1.2, (1.1, 1.3), 0.001, "slower"),
+        (1.2, (1.1, 1.3), 0.01, "no change shown"),
+        (1.2, (0.9, 1.5), 0.001, "no change shown"),
+        (1.05, (1.01, 1.1), 0.001, "no change shown"),
+        (0.9, (0.8, 0.95), 0.001, "faster"),
+    ],
+)
+def test_test_interval_and_factor_must_all_say_so(
+    factor: float, ci95: tuple[float, float], p_value: float, verdict: str
+) -> None:
+    assert comparison._tested(factor, ci95, p_value)[0] == verdict
 
 
 def test_another_cpu_is_not_comparable(tmp_path: Path) -> None:
