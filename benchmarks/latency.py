@@ -9,8 +9,8 @@ Needs the extras `all` and `peers`, on constraints.txt:
 
     python benchmarks/latency.py --models tiny,atto --input-size 224 --threads 1 --json latency.json
 
-With ONEDNN_MAX_CPU_ISA=AVX2 in the environment OpenVINO takes its kernels for AVX2 without VNNI;
-`--runtimes openvino --isa avx2` then measures those. The others cannot be told.
+`--device cpu:avx2` holds everything to an older instruction set, on a CPU that has newer ones
+(docs/devices/cpu.md).
 """
 
 from __future__ import annotations
@@ -36,10 +36,13 @@ from pipeline.errors import UsageError
 from pipeline.records import Architecture
 from pipeline.statistics import ratio_interval
 from pipeline.store import write_atomic
-from targets.devices.local import host_isa
+from targets import base
+from targets.devices.local import Local, isa_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from pipeline.records import Isa
 
 Row = dict[str, Any]
 
@@ -48,11 +51,12 @@ HOSTS = ("onnx", "openvino", "tflite")
 CLASSES, SEED = 10, 0
 
 
-def ways(runtimes: Sequence[str] = HOSTS) -> tuple[Ours, ...]:
-    """Return the ways to run this project: each placement, made for this CPU and for any.
+def ways(runtimes: Sequence[str], isa: Isa) -> tuple[Ours, ...]:
+    """Return the ways to run this project: each placement, made for a CPU and for any.
 
     Args:
         runtimes: Those that are measured.
+        isa: Of the CPU.
     """
     found = [
         Ours("w8a8", "pointwise", HOSTS),
@@ -60,7 +64,7 @@ def ways(runtimes: Sequence[str] = HOSTS) -> tuple[Ours, ...]:
         Ours("w8a8-dynamic", "pointwise", ("onnx", "tflite")),
         Ours("w8a8-dynamic", "all", ("onnx", "tflite")),
     ]
-    if host_isa() == "avx2":
+    if isa == "avx2":
         # What headroom costs: the same without it, whose integers are wrong on this CPU.
         found.append(Ours("w8a8", "pointwise", ("onnx", "openvino"), isa="vnni"))
     kept = ((one, tuple(name for name in one.runtimes if name in runtimes)) for one in found)
@@ -201,12 +205,41 @@ def main() -> None:
     add("--data", default="digits", help="images that calibrate and evaluate")
     add("--images", type=int, default=64, help="evaluate on at most this many")
     add("--calibration-images", type=int, default=64)
-    add("--isa", default="auto", help="of this project's artifacts, as of `convnext-edge run`")
+    add("--device", default="local", help="local, or this CPU held to a set: cpu:avx2")
     add("--work", type=Path, help="keep artifacts and the log here; default: a temporary folder")
     add("--json", type=Path, required=True, help="where the document goes")
     options = vars(parser.parse_args())
     target, work = options.pop("json"), options.pop("work")
     in_one_line(_run, target, work, options)
+
+
+def held_to(name: str, runtimes: Sequence[str]) -> tuple[base.DeviceInfo, Isa]:
+    """Return what this process runs on; where that takes another environment, start it again in it.
+
+    Args:
+        name: Of a device that is this machine's CPU.
+        runtimes: To run there.
+
+    Raises:
+        UsageError: It is none, or cannot run one of these.
+    """
+    device = base.device(name)
+    info = device.probe()
+    allowed, do = "local, cpu:avx2, cpu:avx512-vnni, ...", "Correct --device"
+    if not isinstance(device, Local) or isinstance(info, base.NotRun):
+        why = f" ({info.reason})" if isinstance(info, base.NotRun) else ""
+        raise UsageError(f"{name} is no CPU of this machine{why}", allowed=allowed, do=do)
+    for one in runtimes:
+        cannot = device.can_run(base.runtime(one))
+        if cannot is not None:
+            raise UsageError(cannot.reason, allowed="--runtimes openvino", do="Correct --runtimes")
+    isa = isa_of(info.isa)
+    if isa is None:
+        raise UsageError(f"{name} says of no instruction set", allowed=allowed, do=do)
+    wanted = device.environment()
+    if any(os.environ.get(key) != value for key, value in wanted.items()):
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **wanted})  # noqa: S606 - itself
+    return info, isa
 
 
 def _run(target: Path, work: Path | None, options: Row) -> None:
@@ -227,16 +260,20 @@ def _run(target: Path, work: Path | None, options: Row) -> None:
         )
     options["data"] = words.data_place(options["data"])
     check_places(target, work)
+    info, isa = held_to(options.pop("device"), runtimes)
     os.environ["NNCF_EXTENSION_LOAD_TIMEOUT"] = "0"  # its build takes longer on few cores
     begin, load = time.monotonic(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="convnext-edge-") as folder:
         peers = [peer for peer in PEERS if peer.runtime in runtimes]
         place = work or Path(folder)
-        rows = measure(models, threads, options, place, ways(runtimes), peers)
+        asked_of = {**options, "isa": isa}
+        rows = measure(models, threads, asked_of, place, ways(runtimes, isa), peers)
     document: Row = {
         "settings": {**options, "models": models, "runtimes": runtimes, "threads": threads},
-        "onednn_max_cpu_isa": os.environ.get("ONEDNN_MAX_CPU_ISA"),
         **machine(),
+        "device": info.name,
+        "isa": info.isa,
+        "held_by": info.versions,
         "load_before": load,
         "seconds": round(time.monotonic() - begin, 1),
         "rows": rows,

@@ -188,6 +188,10 @@ def explain(
     latency: Annotated[
         bool, typer.Option("--latency", help="Where an artifact's time goes.")
     ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(help="With --latency: this CPU, `local` or held to a set, `cpu:avx2`."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Tell what the calibration chose at every site, or where an artifact's time goes."""
@@ -195,12 +199,18 @@ def explain(
     from pipeline.explain import explain_latency, show, show_latency
 
     if latency:
-        found = explain_latency(place)
+        found = explain_latency(place, device or "local")
         if as_json:
             sys.stdout.write(to_json(found).decode() + "\n")
         else:
             show_latency(found, out_console)
         return
+    if device is not None:
+        raise UsageError(
+            "--device says where an artifact's time goes",
+            allowed="with --latency ARTIFACT",
+            do="Add --latency, or leave --device out",
+        )
     facts = collect(place)
     if as_json:
         sys.stdout.write(json.dumps(facts, indent=2) + "\n")

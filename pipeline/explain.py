@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.errors import ArtifactError, printable
+from pipeline.errors import ArtifactError, UsageError, printable
 from pipeline.exports import MODEL_FILES
 from pipeline.records import Breakdown, Export, QuantizedModel, Tuning
 from pipeline.run import MODEL
@@ -26,6 +26,7 @@ from reports.culprits import culprits, median_db, sentences, worst_first
 from reports.document import REPORT, Calibration, read_report
 from reports.pages import share, word
 from reports.summary import drop_in_points
+from targets import base
 from targets.base import of_suffix, require_installed
 from targets.export import read_metadata
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from pipeline.records import Accuracy
 
 PARAMS = MODEL_FILES[0]
+LOCAL = "local"
 BAR = 40
 """Characters of the whole time."""
 NOTHING = "No activation is quantized beforehand here, so there is no site to explain."
@@ -105,17 +107,19 @@ def explain(out: Path) -> dict[str, Any]:
     return facts
 
 
-def explain_latency(artifact: Path) -> Breakdown:
+def explain_latency(artifact: Path, device: str = LOCAL) -> Breakdown:
     """Take an artifact's time apart on this machine.
 
     Args:
         artifact: In a run folder, whose integers then tell the floor; or elsewhere.
+        device: This machine's CPU: `local`, or held to an instruction set, `cpu:LEVEL`.
 
     Raises:
-        EdgeError: It is no artifact of a runtime here.
+        EdgeError: It is no artifact of a runtime here, or the device cannot run it.
     """
     target = of_suffix(artifact)
     require_installed(target)
+    environment = _environment(device, target)
     stated = read_metadata(artifact)
     size, batch = stated.preprocessing.input_size, stated.batch
     try:
@@ -130,7 +134,7 @@ def explain_latency(artifact: Path) -> Breakdown:
         ) from error
     # A message may point at the log: it stays.
     log = Path(gettempdir()) / "convnext-edge-explain.log"
-    with TemporaryDirectory() as folder, Worker(log) as worker:
+    with TemporaryDirectory() as folder, Worker(log, environment=environment) as worker:
         said = worker.call(
             "targets.breakdown:breakdown_stage",
             name=target.name,
@@ -139,8 +143,25 @@ def explain_latency(artifact: Path) -> Breakdown:
             image_shape=[batch, len(stated.preprocessing.mean), size, size],
             folder=folder,
         ).value
-    where = {"runtime": target.name, "scheme": export.scheme, "device": "local"}
+    where = {"runtime": target.name, "scheme": export.scheme, "device": device}
     return TypeAdapter(Breakdown).validate_python(where | said)
+
+
+def _environment(name: str, target: base.Runtime) -> Mapping[str, str]:
+    """Return the variables of a process in which a runtime's profiler speaks of a device."""
+    device = base.device(name)
+    info = device.probe()
+    cannot = info if isinstance(info, base.NotRun) else device.can_run(target)
+    if cannot is None and not isinstance(info, base.NotRun) and info.kind != "host":
+        cannot = base.NotRun(reason="it is no CPU of this machine")
+    if cannot is not None or not isinstance(device, base.InProcesses):
+        why = f": {cannot.reason}" if cannot is not None else ""
+        raise UsageError(
+            f"{name} cannot take {target.name}'s time apart{why}",
+            allowed="local or cpu:LEVEL; for another device `convnext-edge bench RUN_DIR --device`",
+            do="Correct --device",
+        )
+    return device.environment()
 
 
 def _integers_of(artifact: Path, parents: Mapping[str, str]) -> str | None:

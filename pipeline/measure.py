@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 SAMPLES = "samples"
 NOT_ASKED_VERIFY = "not asked: run `convnext-edge verify RUN_DIR`"
 NOT_ASKED_BENCH = "not asked: run `convnext-edge bench RUN_DIR"
-LOCAL = "local"
 JUDGED_AT_A_TIME = 32
 DATA_LIBRARIES = ("torch", "numpy", "pillow")
 
@@ -372,18 +371,19 @@ class Timing:
             return []
         if isinstance(self.device, base.Profiled):
             return told(self.stages, self.device, info, artifacts, asked=self.asked)
-        if self.device.name != LOCAL:
+        if not isinstance(self.device, base.InProcesses) or info.kind != "host":
             return []  # a profiler of this environment's tells what this machine's CPU does
         found = []
         for name in dict.fromkeys(artifact.export.runtime for artifact in artifacts):
             target = base.runtime(name)
             if self.device.can_run(target) is None:
                 group = [artifact for artifact in artifacts if artifact.export.runtime == name]
-                found += self._taken_apart(info, target, group, model)
+                found += self._taken_apart(self.device, info, target, group, model)
         return found
 
     def _taken_apart(
         self,
+        device: base.InProcesses,
         info: base.DeviceInfo,
         target: base.Runtime,
         group: Sequence[Artifact],
@@ -391,10 +391,11 @@ class Timing:
     ) -> list[Breakdown]:
         found = []
         # One worker for all of a runtime: the frameworks are slow to import.
-        with self.stages.worker(f"breakdown-{target.name}") as worker:
+        log = f"breakdown-{file_stem(info.name)}-{target.name}"
+        with self.stages.worker(log, environment=device.environment()) as worker:
             for one in group:
                 stage = Stage(
-                    name=f"breakdown-{one.name}",
+                    name=f"breakdown-{file_stem(info.name)}-{one.name}",
                     modules=("targets.breakdown", type(target).__module__),
                     inputs=one.files,
                     settings={"device": asdict(info), "image_shape": self.image_shape},

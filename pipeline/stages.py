@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.distributed import announce
 from pipeline.store import Stage, Store
-from pipeline.worker import Worker, end_all, ending
+from pipeline.worker import NOTHING, Worker, end_all, ending
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from pipeline.display import Display
@@ -58,9 +58,11 @@ class Stages:
         self.cores = cores
         self.store = Store(out / STAGES, beside and beside / STAGES)
 
-    def worker(self, name: str, patience: float = 0.0) -> Worker:
+    def worker(
+        self, name: str, patience: float = 0.0, environment: Mapping[str, str] = NOTHING
+    ) -> Worker:
         """Return a worker that logs under this name; it starts at its first call."""
-        return Worker(self.out / "logs" / f"{name}.log", patience)
+        return Worker(self.out / "logs" / f"{name}.log", patience, environment)
 
     def is_done(self, stage: Stage) -> bool:
         """Tell whether a stage is finished."""

@@ -32,7 +32,16 @@ if TYPE_CHECKING:
 
 PACKAGES = ("pipeline", "calib", "targets", "reports")
 LONGEST_STEM = 80
+CACHE_VARIABLE = "CONVNEXT_EDGE_CACHE"
 _PARTIAL, RECORD = ".partial-", "stage.json"
+
+
+def cache_folder() -> Path:
+    """Return this user's cache folder of this project: $CONVNEXT_EDGE_CACHE, else the system's."""
+    if own := os.environ.get(CACHE_VARIABLE):
+        return Path(own).absolute()
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base).absolute() / "convnext-edge"
 
 
 def sha256_bytes(data: bytes) -> str:

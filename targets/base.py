@@ -289,6 +289,22 @@ class Profiled(Device, Protocol):
 
 
 @runtime_checkable
+class InProcesses(Device, Protocol):
+    """A device that runs artifacts in processes of this machine.
+
+    Where its kind is `host` they run on its CPU, and the runtimes' own profilers, asked in such a
+    process, say what it takes.
+    """
+
+    def environment(self) -> Mapping[str, str]:
+        """Return the variables that such a process has beside this one's.
+
+        Raises:
+            DeviceError: Something they name cannot be made.
+        """
+
+
+@runtime_checkable
 class NeedsSetup(Protocol):
     """A family of devices that needs something built on this machine first."""
 

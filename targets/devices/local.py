@@ -56,12 +56,14 @@ class Local:
     Attributes:
         loader: `module:function` that loads an artifact in a worker process; it takes what
             `load_artifact` takes.
-        environment: Variables of the worker processes.
     """
 
     name = "local"
-    environment: Mapping[str, str] = NOTHING
     loader = f"{__name__}:load_artifact"
+
+    def environment(self) -> Mapping[str, str]:
+        """Return variables of the worker processes."""
+        return NOTHING
 
     def probe(self) -> DeviceInfo | NotRun:
         """Describe this machine."""
@@ -97,7 +99,7 @@ class Local:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="convnext-edge-")))
             np.save(folder / "image.npy", image)
             workers = [
-                stack.enter_context(Worker(folder / f"{i}.log", environment=self.environment))
+                stack.enter_context(Worker(folder / f"{i}.log", environment=self.environment()))
                 for i in range(len(jobs))
             ]
             loaded: list[dict[str, Any]] = [
@@ -141,7 +143,7 @@ class Local:
         with TemporaryDirectory(prefix="convnext-edge-") as name:
             folder = Path(name)
             np.save(folder / "images.npy", images)
-            with Worker(folder / "worker.log", environment=self.environment) as worker:
+            with Worker(folder / "worker.log", environment=self.environment()) as worker:
                 worker.call(
                     f"{__name__}:infer_job",
                     progress=progress,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from benchmarks.accuracy import Ours
 from benchmarks.accuracy_runs import PER_ROUND
-from benchmarks.latency import HOSTS, measure, pairs, ways
+from benchmarks.latency import HOSTS, held_to, measure, pairs, ways
+from pipeline.errors import UsageError
+from targets.devices.cpu import cpuid
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "latency.py"
 
@@ -58,10 +61,44 @@ def test_what_was_not_timed_has_its_reason(
 
 
 def test_ways_keep_to_the_runtimes() -> None:
-    assert {name for way in ways() for name in way.runtimes} == set(HOSTS)
-    found = ways(["openvino"])
+    assert {name for way in ways(HOSTS, "vnni") for name in way.runtimes} == set(HOSTS)
+    found = ways(["openvino"], "vnni")
     assert {way.runtimes for way in found} == {("openvino",)}
     assert not any(way.scheme == "w8a8-dynamic" for way in found)
+
+
+def test_where_weights_leave_headroom_its_price_is_measured_too() -> None:
+    beside = set(ways(HOSTS, "avx2")) - set(ways(HOSTS, "vnni"))
+    assert {way.isa for way in beside} == {"vnni"}
+
+
+@pytest.mark.parametrize(
+    ("name", "runtimes", "named"),
+    [
+        ("emulated-arm64:pi5", HOSTS, "emulated-arm64:pi5 is no CPU of this machine"),
+        ("cpu:avx2", HOSTS, "onnx chooses its kernels by CPUID, and nothing is hidden here"),
+    ],
+)
+def test_what_is_no_cpu_or_cannot_be_held_is_refused(
+    name: str, runtimes: tuple[str, ...], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpuid, "why_not", lambda: "nothing is hidden here")
+    with pytest.raises(UsageError, match=named):
+        held_to(name, runtimes)
+
+
+def test_it_starts_again_where_that_takes_another_environment(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = list[dict[str, str]]()
+    monkeypatch.setattr(cpuid, "why_not", lambda: "nothing is hidden here")
+    monkeypatch.setattr(os, "execve", lambda _, __, given: started.append(given))
+    info, isa = held_to("cpu:avx2", ["openvino"])
+    assert (info.name, isa) == ("cpu:avx2", "avx2")
+    assert [given["ONEDNN_MAX_CPU_ISA"] for given in started] == ["AVX2"]
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    held_to("cpu:avx2", ["openvino"])
+    assert len(started) == 1
 
 
 def test_a_network_and_images_come_to_be_measured(tmp_path: Path) -> None:

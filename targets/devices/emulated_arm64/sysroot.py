@@ -8,7 +8,6 @@ profile, in which the CPU's own /proc and /sys stand beside them. Nothing of it 
 from __future__ import annotations
 
 import functools
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from pipeline.errors import DeviceError
-from pipeline.store import Stage, Store, sha256_file
+from pipeline.store import Stage, Store, cache_folder, sha256_file
 from targets.devices.emulated_arm64.guest import (
     QEMU,
     ROOT,
@@ -48,18 +47,9 @@ PLATFORMS = ("manylinux2014", "manylinux_2_27", "manylinux_2_28", "manylinux_2_3
 ABIS = ("cp311", "abi3", "none")
 KEPT = frozenset({"usr", "lib"})
 IMPORTS = "import numpy, onnxruntime, ai_edge_litert.interpreter, openvino; openvino.Core()"
-CACHE_VARIABLE = "CONVNEXT_EDGE_CACHE"
 SETUP_COMMAND = "convnext-edge devices setup emulated-arm64"
 MOST_SECONDS = 600
 STEPS = 4
-
-
-def cache_folder() -> Path:
-    """Return this user's cache folder of this project: $CONVNEXT_EDGE_CACHE, else the system's."""
-    if own := os.environ.get(CACHE_VARIABLE):
-        return Path(own).absolute()
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base).absolute() / "convnext-edge"
 
 
 def find() -> Path | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import store
 from pipeline.errors import DeviceError, UsageError
 from pipeline.worker import silent
 from targets.base import DeviceInfo, Job, NotRun, device, devices, runtime
@@ -59,7 +60,7 @@ def test_another_profile_is_a_wrong_word(address: str) -> None:
 
 
 def test_it_is_not_run_before_it_is_set_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(sysroot.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(store.CACHE_VARIABLE, str(tmp_path))
     monkeypatch.setattr(guest, "require_tools", lambda _: None)
     board = device("emulated-arm64:pi5")
     found = board.probe()

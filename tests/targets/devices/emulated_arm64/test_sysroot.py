@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from pipeline import store
 from pipeline.errors import DeviceError
 from pipeline.worker import silent
 from targets.devices.emulated_arm64 import guest, plugin, sysroot
@@ -17,7 +18,7 @@ ROOT = Path(__file__).parents[4]
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(sysroot.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(store.CACHE_VARIABLE, str(tmp_path))
     return tmp_path
 
 
@@ -114,11 +115,11 @@ def test_missing_tools_are_named_with_the_command(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_cache_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.delenv(sysroot.CACHE_VARIABLE)
+    monkeypatch.delenv(store.CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "mine"))
-    assert sysroot.cache_folder() == tmp_path / "mine" / "convnext-edge"
+    assert store.cache_folder() == tmp_path / "mine" / "convnext-edge"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert sysroot.cache_folder() == Path.home() / ".cache" / "convnext-edge"
+    assert store.cache_folder() == Path.home() / ".cache" / "convnext-edge"
 
 
 def test_commas_reach_the_emulator_doubled() -> None:

@@ -1,0 +1,90 @@
+"""Which bits of CPUID say that a CPU has an instruction set, and how a process stops seeing them.
+
+In: names of features, as Linux writes them in /proc/cpuinfo. Out: the environment of a process that
+does not find them (cpuid.c).
+
+Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, CPUID, leaf 7.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from targets.devices._compiled import COMPILER, INSTALL, compiled
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+CPUINFO = Path("/proc/cpuinfo")
+SOURCE = Path(__file__).with_name("cpuid.c")
+PRELOAD, VARIABLE = "LD_PRELOAD", "CONVNEXT_EDGE_HIDDEN"
+FAULTING = "cpuid_fault"
+"""The flag of a CPU whose kernel lets a process be denied CPUID."""
+EAX, EBX, ECX, EDX = range(4)
+
+BITS: dict[str, tuple[int, int, int]] = {
+    "avx512f": (0, EBX, 16),
+    "avx512dq": (0, EBX, 17),
+    "avx512ifma": (0, EBX, 21),
+    "avx512cd": (0, EBX, 28),
+    "avx512bw": (0, EBX, 30),
+    "avx512vl": (0, EBX, 31),
+    "avx512vbmi": (0, ECX, 1),
+    "avx512_vbmi2": (0, ECX, 6),
+    "avx512_vnni": (0, ECX, 11),
+    "avx512_bitalg": (0, ECX, 12),
+    "avx512_vpopcntdq": (0, ECX, 14),
+    "avx512_vp2intersect": (0, EDX, 8),
+    "amx_bf16": (0, EDX, 22),
+    "avx512_fp16": (0, EDX, 23),
+    "amx_tile": (0, EDX, 24),
+    "amx_int8": (0, EDX, 25),
+    "avx_vnni": (1, EAX, 4),
+    "avx512_bf16": (1, EAX, 5),
+    "amx_fp16": (1, EAX, 21),
+    "avx_ifma": (1, EAX, 23),
+    "avx_vnni_int8": (1, EDX, 4),
+    "avx_ne_convert": (1, EDX, 5),
+    "amx_complex": (1, EDX, 8),
+    "avx_vnni_int16": (1, EDX, 10),
+    "avx10_1": (1, EDX, 19),
+}
+"""Feature to subleaf of leaf 7, register and bit."""
+
+
+def why_not() -> str | None:
+    """Return why nothing can be hidden from a process of this machine; None where it can."""
+    if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
+        return "only Linux on x86-64 hides instruction sets from a program"
+    if FAULTING not in CPUINFO.read_text().split():
+        return f"this CPU or its hypervisor hides no instruction sets (no {FAULTING})"
+    if shutil.which(COMPILER) is None:
+        return f"hiding newer ones from it takes {COMPILER}: {INSTALL}"
+    return None
+
+
+def hiding(features: Iterable[str]) -> dict[str, str]:
+    """Return the variables of a process that does not find some features.
+
+    Args:
+        features: Of `BITS`.
+
+    Raises:
+        DeviceError: cpuid.c cannot be compiled.
+        OutputError: The cache cannot be written.
+    """
+    words = [0] * 8
+    for name in features:
+        subleaf, register, bit = BITS[name]
+        words[4 * subleaf + register] |= 1 << bit
+    library = str(compiled(SOURCE, "cpu"))
+    others = (one for one in os.environ.get(PRELOAD, "").split() if one != library)
+    return {
+        PRELOAD: " ".join([library, *others]),
+        VARIABLE: " ".join(f"{word:08x}" for word in words),
+    }

@@ -1,0 +1,112 @@
+"""A process does not see the instruction sets that are hidden from it, and lives on otherwise."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import DeviceError
+from pipeline.store import CACHE_VARIABLE
+from targets.devices.cpu import cpuid
+from targets.devices.cpu.device import LEVELS
+
+FEATURES = "from numpy._core._multiarray_umath import __cpu_features__ as f; print(f['AVX512F'])"
+"""numpy asks CPUID itself, when it is loaded."""
+on_a_cpu_that_hides = pytest.mark.skipif(
+    cpuid.why_not() is not None, reason=f"nothing can be hidden here: {cpuid.why_not()}"
+)
+
+
+def run(code: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    words = [sys.executable, "-c", code]
+    given = {**os.environ, **environment}
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=given)
+
+
+@on_a_cpu_that_hides
+def test_what_is_hidden_is_not_found_by_libraries_threads_and_children() -> None:
+    hiding = cpuid.hiding(LEVELS["avx2"].hides)
+    code = f"import threading\nthreading.Thread(target=lambda: exec({FEATURES!r}, {{}})).start()"
+    child = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {FEATURES!r}])"
+    for program in (FEATURES, code, child):
+        done = run(program, hiding)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
+
+
+@on_a_cpu_that_hides
+def test_nothing_but_that_is_hidden() -> None:
+    everything = "from numpy._core._multiarray_umath import __cpu_features__ as f; print(f)"
+    assert run(everything, cpuid.hiding(())).stdout == run(everything, {}).stdout
+
+
+@on_a_cpu_that_hides
+def test_a_fault_of_another_kind_still_ends_the_process() -> None:
+    done = run("import ctypes; ctypes.string_at(8)", cpuid.hiding(()))
+    assert done.returncode == -11
+
+
+@on_a_cpu_that_hides
+def test_a_handler_that_was_there_before_is_asked_again() -> None:
+    code = "import faulthandler, ctypes; faulthandler.enable(); ctypes.string_at(8)"
+    done = run(code, cpuid.hiding(()))
+    assert done.returncode == -11
+    assert "Fatal Python error: Segmentation fault" in done.stderr
+
+
+@on_a_cpu_that_hides
+@pytest.mark.parametrize("words", ["", "1 2 3", "0 0 0 0 0 0 0 x"])
+def test_words_that_are_none_end_the_process_with_a_line(words: str) -> None:
+    done = run("", {**cpuid.hiding(()), cpuid.VARIABLE: words})
+    assert done.returncode == 97
+    assert done.stderr == "cpuid: CONVNEXT_EDGE_HIDDEN is not eight hexadecimal words\n"
+
+
+def test_bits_are_where_the_manual_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpuid, "compiled", lambda *_: Path("lib.so"))
+    monkeypatch.delenv(cpuid.PRELOAD, raising=False)
+    found = cpuid.hiding(["avx512f", "avx512_vnni", "amx_int8", "avx_vnni", "avx10_1"])
+    words = [0, 1 << 16, 1 << 11, 1 << 25, 1 << 4, 0, 0, 1 << 19]
+    assert found == {
+        cpuid.PRELOAD: "lib.so",
+        cpuid.VARIABLE: " ".join(f"{word:08x}" for word in words),
+    }
+
+
+def test_what_is_preloaded_already_stays_and_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpuid, "compiled", lambda *_: Path("lib.so"))
+    monkeypatch.setenv(cpuid.PRELOAD, "other.so")
+    once = cpuid.hiding(())[cpuid.PRELOAD]
+    assert once == "lib.so other.so"
+    monkeypatch.setenv(cpuid.PRELOAD, once)
+    assert cpuid.hiding(())[cpuid.PRELOAD] == once
+
+
+def test_where_nothing_can_be_hidden_it_says_why(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flags = tmp_path / "cpuinfo"
+    monkeypatch.setattr(cpuid, "CPUINFO", flags)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    flags.write_text("flags\t\t: avx2 cpuid avx512f\n")
+    assert "no cpuid_fault" in (cpuid.why_not() or "")
+    flags.write_text("flags\t\t: avx2 cpuid_fault\n")
+    monkeypatch.setenv("PATH", "")
+    assert "gcc" in (cpuid.why_not() or "")
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    assert "x86-64" in (cpuid.why_not() or "")
+
+
+def test_a_compiler_that_is_not_there_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
+    with pytest.raises(DeviceError, match=r"cpuid\.c needs gcc, not on PATH.*apt-get install"):
+        cpuid.hiding(())
