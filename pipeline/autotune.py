@@ -6,8 +6,9 @@ integers is taken where it is faster than the best float one and keeps to the ac
 the next; else the float one. The measurements are kept under the runtime's versions, the device,
 the network's shape and the candidates: weights do not change them.
 
-A choice holds for the ISA it was measured on. Artifacts for another one take their runtime's
-default.
+A choice holds for the ISA it was measured on. Artifacts for another one are measured on a device
+that stands in for it, by instructions where that one counts; where there is none they take their
+runtime's default.
 
 Source: Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter
 optimization", 2016 (successive halving).
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from pipeline.exports import Exports
-    from pipeline.records import Accuracy, Architecture, Artifact
+    from pipeline.records import Accuracy, Architecture, Artifact, Isa
     from pipeline.stages import Stages
     from pipeline.worker import Progress
     from targets.base import Capabilities, Device, DeviceInfo, Runtime, Samples
@@ -48,6 +49,10 @@ ROUNDS: dict[Effort, int] = {"quick": 6, "full": 12}
 """Of the first heat; the next has twice as many for half the candidates."""
 LEAST_PER_ROUND, MOST_PER_ROUND, MACS_PER_ROUND = 3, 64, 300e6
 """Inferences: of a small network many, so that a turn lasts longer than what disturbs it."""
+STAND_INS: Mapping[Isa, str] = {"arm": "emulated-arm64:phone"}
+"""Devices on which artifacts for an ISA are measured that the run's own device has not."""
+MOST_COUNTED_MACS = 1.5e9
+"""Of one inference: emulated, more would take longer than anybody who did not ask for it waits."""
 MEASURED, SAMPLES = "candidates.json", "samples.json"
 
 _CANDIDATES = TypeAdapter(tuple[Candidate, ...])
@@ -67,6 +72,7 @@ class Conditions:
         effort: How many candidates and rounds.
         asked: Whether to measure what is missing, or only to take over what was measured before.
         counts: Whether the device counts instructions, and takes no times.
+        most_macs: Of a network that is measured there.
     """
 
     device: Device
@@ -78,6 +84,17 @@ class Conditions:
     effort: Effort
     asked: bool
     counts: bool = False
+    most_macs: float = np.inf
+
+    def elsewhere(self, isa: Isa) -> Conditions | None:
+        """Return the same where a device stands in for an ISA; None where none does."""
+        if isa not in STAND_INS:
+            return None
+        device = base.device(STAND_INS[isa])
+        counts = counts_instructions(device)
+        threads = 1 if counts else self.threads
+        most = MOST_COUNTED_MACS if counts and self.effort == "quick" else np.inf
+        return replace(self, device=device, counts=counts, threads=threads, most_macs=most)
 
     @property
     def per_round(self) -> int:
@@ -125,10 +142,46 @@ class Autotuner:
         return {target.name: self._layout(target, model) for target in self.exports.targets}
 
     def _layout(self, target: Runtime, model: Path) -> Layout:
+        why, tuner = self._why_not(target), self
+        given = self._stand_in(target)
+        if why is not None and given is not None:
+            tuner = Autotuner(self.stages, self.exports, given, self.keeps)
+            there = tuner._why_not(target)
+            why = there and f"{why}; {given.device.name}: {there}"
+        if why is not None:
+            return self.exports.default_layout(target, why)
+        return tuner._measured(target, model)
+
+    def _why_not(self, target: Runtime) -> str | None:
+        """Say why the device cannot tell what is fastest for a runtime's artifacts."""
+        if self.given.effort == "off":
+            return "--tune off"
         info = self.given.device.probe()
-        why = info.reason if isinstance(info, base.NotRun) else self._why_not(target, info)
-        if why is not None or isinstance(info, base.NotRun):
-            return self.exports.default_layout(target, why or "")
+        if isinstance(info, base.NotRun):
+            return info.reason
+        cannot = self.given.device.can_run(target)
+        if cannot is not None:
+            return cannot.reason
+        made_for, has = self.exports.isa(target), isa_of(info.isa)
+        if made_for != has:
+            return f"its artifacts are for {made_for}, and {info.name} has {has or 'none it names'}"
+        if self.given.macs * self.given.image_shape[0] > self.given.most_macs:
+            return (
+                "so large a network takes minutes there; to wait for it run "
+                f"`convnext-edge tune RUN_DIR --device {info.name}`"
+            )
+        return None
+
+    def _stand_in(self, target: Runtime) -> Conditions | None:
+        """Return where a runtime is measured that runs here, but not as it does on its own ISA."""
+        info, isa = self.given.device.probe(), self.exports.isa(target)
+        if self.given.effort == "off" or isinstance(info, base.NotRun) or isa == isa_of(info.isa):
+            return None
+        return self.given.elsewhere(isa) if self.given.device.can_run(target) is None else None
+
+    def _measured(self, target: Runtime, model: Path) -> Layout:
+        info = self.given.device.probe()
+        assert isinstance(info, base.DeviceInfo), "_why_not has seen to it"
         wanted = candidates(
             target.capabilities,
             self.exports.exports(target),
@@ -151,18 +204,6 @@ class Autotuner:
             return self.exports.default_layout(target, f"measuring failed: {error}")
         found = _CANDIDATES.validate_json((folder / MEASURED).read_bytes())
         return self._chosen(target, model, info, found)
-
-    def _why_not(self, target: Runtime, info: DeviceInfo) -> str | None:
-        """Say why a device cannot tell what is fastest for a runtime's artifacts."""
-        if self.given.effort == "off":
-            return "--tune off"
-        cannot = self.given.device.can_run(target)
-        if cannot is not None:
-            return cannot.reason
-        made_for, has = self.exports.isa(target), isa_of(info.isa)
-        if made_for != has:
-            return f"its artifacts are for {made_for}, and {info.name} has {has or 'none it names'}"
-        return None
 
     def _stage(self, target: Runtime, info: DeviceInfo, wanted: Sequence[Export]) -> Stage:
         return Stage(
@@ -243,7 +284,7 @@ class Autotuner:
             samples = self.given.device.measure(
                 jobs,
                 image,
-                rounds=rounds,
+                rounds=1 if self.given.counts else rounds,
                 per_round=self.given.per_round,
                 threads=self.given.threads,
                 progress=progress,
@@ -318,6 +359,12 @@ class Autotuner:
             float_form=best.graph_form,
         )
         return self.exports.laid_out({target.name: layout}).exports(target)[-1]
+
+
+def counts_instructions(device: Device) -> bool:
+    """Return whether a device counts instructions, and takes no times."""
+    info = device.probe()
+    return isinstance(info, base.DeviceInfo) and info.kind == "emulated"
 
 
 def candidates(

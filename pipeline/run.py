@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 
 from calib.preprocess import spare_workers
-from pipeline.autotune import Autotuner, Conditions
+from pipeline.autotune import Autotuner, Conditions, counts_instructions
 from pipeline.conclude import JUNIT, PAGES, SUMMARY, conclude
 from pipeline.data import choose
 from pipeline.dialect import dialect_modules
@@ -474,10 +474,9 @@ class _Run:
             return kept_layouts(self.exports, self.out / LAYOUTS)
         budget = self.recipe.budget()
         limit = budget.max_drop_pp if budget is not None else None
-        info = self.device.probe()
         given = Conditions(
             device=self.device,
-            counts=isinstance(info, base.DeviceInfo) and info.kind == "emulated",
+            counts=counts_instructions(self.device),
             threads=self.recipe.threads,
             architecture=model.architecture,
             macs=loaded.value["macs"],

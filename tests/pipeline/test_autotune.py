@@ -360,6 +360,89 @@ def test_elsewhere_a_default_is_taken_and_said(
     assert exports.laid_out(layouts).exports(exports.targets[0]) == exports_of(name)
 
 
+class Emulated(Stopwatch):
+    """A stand-in for ARM: it counts, and tells how often it was asked."""
+
+    name = "emulated-arm64:phone"
+
+    def probe(self) -> DeviceInfo | NotRun:
+        found = super().probe()
+        assert isinstance(found, DeviceInfo)
+        return replace(found, kind="emulated")
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Emulated:
+    device = Emulated({}, FLAGS["arm"])
+    monkeypatch.setattr(base, "device", {"emulated-arm64:phone": device}.__getitem__)
+    return device
+
+
+def tuned_beside(name: str, here: Stopwatch, **how: Any) -> tuple[Layout, list[Autotuner]]:
+    """Return a runtime's layout and who measured it."""
+    by: list[Autotuner] = []
+    exports = Exports(Recipe(runtimes=(name,)))
+
+    def measured(self: Autotuner, target: base.Runtime, _: Path) -> Layout:
+        by.append(self)
+        return self.exports.default_layout(target, "measured")
+
+    stages: Any = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Autotuner, "_measured", measured)
+        given = replace(conditions(here), **how)
+        layouts = Autotuner(stages, exports, given, None).run(Path())
+    return layouts[name], by
+
+
+def test_a_device_of_its_own_isa_stands_in_and_counts(stand_in: Emulated) -> None:
+    layout, by = tuned_beside("tflite", Stopwatch({}, FLAGS["avx2"]), threads=2)
+    assert layout.reason == "measured"
+    (one,) = by
+    assert one.given.device is stand_in
+    assert (one.given.clock, one.given.threads) == ("instructions", 1)
+
+
+def test_what_is_for_this_device_is_measured_here(stand_in: Emulated) -> None:
+    here = Stopwatch({}, FLAGS["arm"])
+    _, by = tuned_beside("tflite", here)
+    assert [one.given.device for one in by] == [here]
+    assert stand_in is not here
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ({"macs": 2 * 10**9}, "run `convnext-edge tune RUN_DIR --device emulated-arm64:phone`"),
+        ({"effort": "off"}, "--tune off"),
+    ],
+)
+@pytest.mark.usefixtures("stand_in")
+def test_nobody_waits_minutes_for_what_nobody_asked(how: dict[str, Any], reason: str) -> None:
+    layout, by = tuned_beside("tflite", Stopwatch({}, FLAGS["avx2"]), **how)
+    assert reason in layout.reason
+    assert not by
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_full_search_takes_its_time() -> None:
+    here = Stopwatch({}, FLAGS["avx2"])
+    _, by = tuned_beside("tflite", here, macs=10**10, effort="full")
+    assert len(by) == 1
+
+
+def test_a_stand_in_that_is_not_set_up_says_so(
+    stand_in: Emulated, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stand_in, "probe", lambda: NotRun(reason="its sysroot is not built"))
+    layout, by = tuned_beside("tflite", Stopwatch({}, FLAGS["avx2"]))
+    assert layout.reason == (
+        "its artifacts are for arm, and stopwatch has avx2; "
+        "emulated-arm64:phone: its sysroot is not built"
+    )
+    assert not by
+
+
 @pytest.mark.parametrize("isa", FLAGS)
 def test_flags_tell_the_isa(isa: str) -> None:
     assert isa_of(FLAGS[isa]) == isa

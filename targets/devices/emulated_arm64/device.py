@@ -7,6 +7,7 @@ An emulator's clock says nothing of a board's, so no time comes out, and no coun
 from __future__ import annotations
 
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import DeviceError, UsageError
 from pipeline.store import sha256_file
-from pipeline.worker import ended_with_all, ending, silent
+from pipeline.worker import end_all, ended_with_all, ending, silent
 from targets.base import DeviceInfo, NotRun, Samples
 from targets.devices._exchange import (
     LOGITS,
@@ -32,7 +33,7 @@ from targets.devices.emulated_arm64 import guest, plugin, sysroot
 from targets.devices.emulated_arm64.counts import read_counts
 from targets.devices.emulated_arm64.profiles import PROFILES, Profile
 from targets.devices.emulated_arm64.symbols import Symbols, parse_maps
-from targets.devices.local import ISA_FLAGS
+from targets.devices.local import ISA_FLAGS, available_cores
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -103,7 +104,8 @@ class EmulatedArm64:
     ) -> list[Samples]:
         """Count each job's instructions in a process of its own; see `targets.base.Device`.
 
-        Counts repeat, so `COUNTED` inferences do, whatever `rounds` and `per_round` say.
+        Counts repeat, so one inference per round will do, `COUNTED` at most, whatever `per_round`
+        says. They do not depend on what else runs, so jobs run on all cores.
 
         Raises:
             DeviceError: As the protocol says; and where more than one thread is asked.
@@ -114,10 +116,19 @@ class EmulatedArm64:
                 allowed="1 thread: what several execute while they wait does not repeat",
                 do="Say --threads 1",
             )
-        found = []
-        for index, job in enumerate(jobs):
-            progress(index, len(jobs), job.label)
-            found.append(self._count(job, image))
+        inferences = min(rounds, COUNTED)
+        found = list[Samples]()
+        with ThreadPoolExecutor(max_workers=available_cores()) as pool:
+            counts = [pool.submit(self._count, job, image, inferences) for job in jobs]
+            try:
+                for index, (job, count) in enumerate(zip(jobs, counts, strict=True)):
+                    progress(index, len(jobs), job.label)
+                    found.append(count.result())
+            except BaseException as error:
+                pool.shutdown(wait=False, cancel_futures=True)
+                if isinstance(error, KeyboardInterrupt):
+                    end_all()  # the threads wait for guests, which know nothing of it
+                raise
         progress(len(jobs), len(jobs))
         return found
 
@@ -131,7 +142,7 @@ class EmulatedArm64:
             self._run(task, folder, progress=progress)
             return read_logits(folder / LOGITS, len(images), self.name)
 
-    def _count(self, job: Job, image: Image) -> Samples:
+    def _count(self, job: Job, image: Image, inferences: int) -> Samples:
         with TemporaryDirectory(prefix="convnext-edge-") as name:
             folder = Path(name)
             task = timing(
@@ -139,7 +150,7 @@ class EmulatedArm64:
                 image,
                 folder,
                 rounds=1,
-                per_round=COUNTED,
+                per_round=inferences,
                 threads=1,
                 processes=False,
                 marks=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from pipeline import store
 from pipeline.errors import DeviceError, UsageError
 from pipeline.worker import silent
 from targets.base import DeviceInfo, Job, NotRun, device, devices, runtime
+from targets.devices.emulated_arm64 import device as emulated
 from targets.devices.emulated_arm64 import guest, plugin, sysroot
 from targets.devices.emulated_arm64.profiles import Profile
 
@@ -147,3 +149,23 @@ def test_a_damaged_artifact_is_one_line(tmp_path: Path) -> None:
     job = Job(label="w8a8", runtime="onnx", path=path)
     with pytest.raises(DeviceError, match="the task failed"):
         device("emulated-arm64:pi4").infer(job, IMAGES, batch=1, threads=1, progress=silent)
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(("rounds", "inferences"), [(1, 1), (8, 3)])
+def test_a_count_takes_an_inference_per_round_and_three_at_most(
+    rounds: int, inferences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    original = emulated.timing
+
+    def timing(*arguments: Any, per_round: int, **more: Any) -> Any:
+        asked.append(per_round)
+        return original(*arguments, per_round=per_round, **more)
+
+    monkeypatch.setattr(emulated, "timing", timing)
+    device("emulated-arm64:pi5").measure(
+        [NULL], IMAGES[:1], rounds=rounds, per_round=9, threads=1, progress=silent
+    )
+    assert asked == [inferences]
