@@ -27,6 +27,9 @@ LINKS = {"sshd": "openssh-server", "adb": "adb", "mksh": "mksh", "toybox": "toyb
 """Commands to Debian's packages."""
 MOST_WORKERS = 4
 """Processes that test: each may take 3 GB."""
+EMULATED = tuple(
+    ROOT / "tests" / "acceptance" / f"test_{name}.py" for name in ("emulated_arm64", "adb")
+)
 FORMATS = ("onnx", "openvino", "tflite", "coreml")
 
 
@@ -148,7 +151,17 @@ def acceptance(session: nox.Session) -> None:
     if not SHARED_DATA.is_dir():
         session.error(f"{SHARED_DATA} is not here: these tests cannot run")
     _emulator(session)
+    _links(session)
     _pytest(session, "-m", "acceptance")
+
+
+@nox.session
+def emulated(session: nox.Session) -> None:
+    """Run the tests of emulated ARM64 boards, which need Debian's archive and PyPI."""
+    _install(session)
+    _emulator(session)
+    _links(session)
+    _pytest(session, "-m", "acceptance", *map(str, EMULATED))
 
 
 @nox.session
