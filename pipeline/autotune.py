@@ -27,14 +27,14 @@ from pydantic import TypeAdapter
 from pipeline.benchmark import noise_image
 from pipeline.errors import ArtifactError, DeviceError, WorkerError
 from pipeline.placements import PLACEMENTS
-from pipeline.records import ACTIVATION_BITS, Candidate, Export, Layout
+from pipeline.records import ACTIVATION_BITS, FLOATING, Candidate, Export, Layout
 from pipeline.statistics import percentile, ratio_interval
 from pipeline.store import Stage, file_stem, library_versions
 from targets import base
 from targets.devices.local import isa_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from pipeline.exports import Exports
     from pipeline.records import Accuracy, Architecture, Artifact, Isa
@@ -187,6 +187,7 @@ class Autotuner:
             self.exports.exports(target),
             self.given.effort,
             asked=self.exports.recipe.placement is not None,
+            flags=info.isa,
         )
         if len(wanted) == 1:
             return self.exports.default_layout(target, "there is nothing to choose from")
@@ -346,7 +347,7 @@ class Autotuner:
             clock=self.given.clock,
             candidates=tuple(seen.get(i, one) for i, one in enumerate(found)),
             scheme=kept.scheme if kept else "float",
-            placement=kept.placement if kept else None,
+            placement=_placement(kept) if kept else None,
             graph_form=(kept or floats[0]).graph_form,
             float_form=floats[0].graph_form,
         )
@@ -354,7 +355,8 @@ class Autotuner:
     def _export(self, target: Runtime, one: Candidate, best: Candidate) -> Export:
         layout = replace(
             self.exports.default_layout(target, ""),
-            placement=one.placement,
+            scheme=one.scheme,
+            placement=_placement(one),
             graph_form=one.graph_form,
             float_form=best.graph_form,
         )
@@ -368,7 +370,12 @@ def counts_instructions(device: Device) -> bool:
 
 
 def candidates(
-    can: Capabilities, defaults: Sequence[Export], effort: Effort, *, asked: bool = False
+    can: Capabilities,
+    defaults: Sequence[Export],
+    effort: Effort,
+    *,
+    asked: bool = False,
+    flags: Collection[str] = (),
 ) -> tuple[Export, ...]:
     """Return every way to lay out a runtime's artifacts that is worth measuring.
 
@@ -377,15 +384,16 @@ def candidates(
         defaults: What it exports by default: the float artifact and, unless that is all, the
             quantized one.
         effort: `quick` keeps to the default placement's layers, so that integers stay what they
-            are; `full` takes every placement.
+            are; `full` takes every placement, and float16 where the CPU computes in it.
         asked: Whether the placement was asked for, and stays.
+        flags: Of the device's CPU.
 
     Returns:
-        Every form of the float artifact, then every form and placement of the quantized one.
+        Every form of the float artifact, then every form and placement of the others.
     """
-    found = list[Export]()
+    found, half = list[Export](), bool(can.half_flags & set(flags))
     for one in defaults:
-        if one.scheme == "float":
+        if one.scheme in FLOATING:
             found += [replace(one, graph_form=form) for form in can.graph_forms]
             continue
         for placement in [one.placement] if asked else _placements(can, one, effort):
@@ -394,7 +402,13 @@ def candidates(
                 for form in can.graph_forms
                 if placement in can.placements_in(form)
             ]
+    if half and effort == "full" and any(one.scheme not in FLOATING for one in found):
+        found += [replace(one, scheme="float16") for one in found if one.scheme == "float"]
     return tuple(found)
+
+
+def _placement(one: Candidate) -> str | None:
+    return None if one.scheme in FLOATING else one.placement
 
 
 def _placements(can: Capabilities, one: Export, effort: Effort) -> list[str]:
@@ -418,7 +432,7 @@ def faster_half(heat: Sequence[Candidate], clock: Clock) -> list[Candidate]:
 
 
 def in_order(found: Sequence[Candidate], clock: Clock) -> list[int]:
-    """Return the indices of the candidates in integers that were measured, best first.
+    """Return the indices of the candidates, float ones apart, that were measured, best first.
 
     Who stayed longer is better, and who was faster in the last heat of both.
     """

@@ -80,7 +80,7 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
         input_size: Annotated[int | None, typer.Option(help="Side of the image, pixels.")] = None,
         scheme: Annotated[
             str | None,
-            typer.Option(help="float, w8a8, w4a8, w8a16, w8a8-dynamic or w8."),
+            typer.Option(help="float, float16, w8a8, w4a8, w8a16, w8a8-dynamic or w8."),
         ] = None,
         runtimes: Annotated[
             str | None, typer.Option(help="Comma-separated: onnx,openvino,tflite,coreml.")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from pipeline.placements import widest
 from pipeline.recipe import NONE
 from pipeline.records import (
+    FLOATING,
     PROFILE_OF_ISA,
     SCHEMES,
     Artifact,
@@ -83,10 +84,10 @@ class Exports:
             Export(
                 runtime=target.name,
                 scheme=one,
-                placement=(layout.placement or NONE) if one != "float" else NONE,
+                placement=(layout.placement or NONE) if one not in FLOATING else NONE,
                 graph_form=layout.graph_form if one != "float" else layout.float_form,
                 gelu=target.capabilities.gelu,
-                profile=self._profile(target) if one != "float" else None,
+                profile=self._profile(target) if one not in FLOATING else None,
                 batch=self.recipe.batch,
             )
             for one in SCHEMES
@@ -96,7 +97,7 @@ class Exports:
     def default_layout(self, target: Runtime, reason: str) -> Layout:
         """Return what a runtime takes where nothing was measured, and why that is."""
         can, scheme = target.capabilities, self.recipe.scheme
-        quantized = scheme != "float"
+        quantized = scheme not in FLOATING
         return Layout(
             runtime=target.name,
             source="default",
@@ -115,7 +116,7 @@ class Exports:
         later gets the same integers; with `--tune full` that of every candidate.
         """
         scheme = self.recipe.scheme
-        if scheme == "float":
+        if scheme in FLOATING:
             return Wanted(calibration=Calibration(method="min-max"))  # no artifact will hold them
         asked = self.recipe.placement
         targets = base.runtimes().values() if asked is None else self.targets

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import ArtifactError
-from pipeline.records import Layout
+from pipeline.records import FLOATING, Layout
 from targets import base
 
 if TYPE_CHECKING:
@@ -77,4 +77,4 @@ def _has(can: base.Capabilities, layout: Layout) -> bool:
 def _fits(layout: Layout, default: Layout, recipe: Recipe) -> bool:
     """Return whether a layout is of the artifacts that a recipe asks for."""
     asked = recipe.placement is None or layout.placement in {None, default.placement}
-    return asked and layout.isa == default.isa and layout.scheme in {"float", recipe.scheme}
+    return asked and layout.isa == default.isa and layout.scheme in {*FLOATING, recipe.scheme}

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.errors import UsageError
 from pipeline.records import (
+    FLOATING,
     Batch,
     Calibration,
     CropMode,
@@ -197,7 +198,7 @@ class Recipe(_Strict):
                 " and the reference, which decides, does not"
             )
             raise ValueError(msg)
-        if self.finetune is not None and self.scheme in {"float", "w8a8-dynamic"}:
+        if self.finetune is not None and self.scheme in {*FLOATING, "w8a8-dynamic"}:
             msg = (
                 f"finetune does not go with {self.scheme}: take w8a8, w4a8, w4a4, w8a16 or w8,"
                 " whose grids are this project's"
@@ -212,8 +213,11 @@ class Recipe(_Strict):
             if self.finetune.oscillation in {"dampen", "freeze"}:
                 msg = f"oscillation {self.finetune.oscillation} does not go with engine nncf"
                 raise ValueError(msg)
-        if self.scheme == "float" and (self.max_drop is not None or self.float_layers):
-            msg = "max_drop and float_layers go with a scheme that has integers, not with float"
+        if self.scheme in FLOATING and (self.max_drop is not None or self.float_layers):
+            msg = (
+                "max_drop and float_layers go with a scheme that has integers, not with "
+                f"{self.scheme}"
+            )
             raise ValueError(msg)
         return self
 

@@ -7,7 +7,7 @@ arrays they speak of lie beside them in safetensors files. No logic lives here b
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Literal, TypeVar, cast, dataclass_transform
+from typing import Annotated, Literal, TypeVar, cast, dataclass_transform, get_args
 
 from pydantic import ConfigDict, Field, TypeAdapter, model_validator
 from pydantic.dataclasses import dataclass
@@ -43,7 +43,7 @@ Side = Annotated[int, Field(gt=0, le=4096)]
 CropRatio = Annotated[float, Field(ge=0.05, le=1)]
 Batch = Annotated[int, Field(gt=0, le=4096)]
 
-Scheme = Literal["float", "w8a8", "w4a8", "w8a16", "w8a8-dynamic", "w8", "w4a4"]
+Scheme = Literal["float", "float16", "w8a8", "w4a8", "w8a16", "w8a8-dynamic", "w8", "w4a4"]
 Bits = Literal[4, 8, 16]
 """Of an activation's integers."""
 Profile = Literal["full", "avx2"]
@@ -58,7 +58,9 @@ Engine = Literal["own", "nncf"]
 
 IMAGE_CHANNELS = (1, 3)
 
-SCHEMES: tuple[Scheme, ...] = ("float", "w8a8", "w4a8", "w8a16", "w8a8-dynamic", "w8", "w4a4")
+SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
+FLOATING: frozenset[Scheme] = frozenset({"float", "float16"})
+"""Without integers: float32, or weights in float16 and arithmetic as the runtime does it."""
 ACTIVATION_BITS: dict[Scheme, Bits] = {"w8a8": 8, "w4a8": 8, "w8a16": 16, "w4a4": 4}
 """Of the schemes that fix the activations' grid beforehand; the others quantize no site."""
 PROFILES: tuple[Profile, ...] = ("full", "avx2")
@@ -310,7 +312,7 @@ class Wanted:
     """What integers are made for.
 
     Attributes:
-        scheme: Not `float`.
+        scheme: One with integers.
         placement: The widest that an artifact will have.
         calibration: How they are chosen.
         float_layers: Layers that stay float in every placement.

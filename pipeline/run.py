@@ -36,6 +36,7 @@ from pipeline.placements import check_layers
 from pipeline.recipe import Recipe, load_recipe
 from pipeline.recorder import METRICS
 from pipeline.records import (
+    FLOATING,
     Artifact,
     Checkpoint,
     Layout,
@@ -544,7 +545,7 @@ class _Run:
         self, integers: Path, quantized: Done, data: Data, training: Training | None
     ) -> assemble.Choices:
         """Read what was chosen on the way to the integers; nothing where no artifact has any."""
-        if self.recipe.scheme == "float":
+        if self.recipe.scheme in FLOATING:
             return assemble.Choices()
         record = quantized_model(integers)
         tuning = integers / TUNING

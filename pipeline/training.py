@@ -29,6 +29,7 @@ from pipeline.distributed import group
 from pipeline.errors import UsageError
 from pipeline.recorder import METRICS
 from pipeline.records import (
+    FLOATING,
     Checkpoint,
     Finetuning,
     Preprocessing,
@@ -141,10 +142,10 @@ def engine(name: str, record: QuantizedModel, arrays: Mapping[str, NDArray[Any]]
     Raises:
         UsageError: The engine cannot train this scheme.
     """
-    if record.scheme in {"float", "w8a8-dynamic"}:
+    if record.scheme in {*FLOATING, "w8a8-dynamic"}:
         raise UsageError(
             f"scheme {record.scheme} cannot be trained"
-            + ("" if record.scheme == "float" else ": its runtimes choose the activations' grids"),
+            + ("" if record.scheme in FLOATING else ": its runtimes choose the activations' grids"),
             allowed="w8a8, w4a8, w4a4, w8a16 or w8",
             do="Choose another --scheme",
         )

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from pipeline.records import FLOATING
+
 if TYPE_CHECKING:
     from pipeline.records import Layout
 
@@ -19,11 +21,11 @@ def sentence(layout: Layout) -> str:
         return f"{layout.runtime}: {placed}{form}, its default ({layout.reason})"
     where = f"measured on {layout.device}, {layout.isa}"
     if layout.placement is None:
-        return f"{layout.runtime}: float is shipped, {form} ({layout.reason}; {where})"
+        return f"{layout.runtime}: {layout.scheme} is shipped, {form} ({layout.reason}; {where})"
     return f"{layout.runtime}: placement {layout.placement}, {form} ({layout.reason}; {where})"
 
 
 def ships_float(layout: Layout) -> bool:
     """Return whether integers were measured and float is shipped instead."""
     measured = (one for one in layout.candidates if one.outcome == "measured")
-    return layout.scheme == "float" and any(one.scheme != "float" for one in measured)
+    return layout.scheme == "float" and any(one.scheme not in FLOATING for one in measured)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 from pipeline.errors import MissingRuntimeError, UsageError
 from pipeline.placements import PLACEMENTS
-from pipeline.records import DeviceState, Kind  # noqa: TC001 - pydantic reads them at run time
+from pipeline.records import FLOATING, DeviceState, Kind
 from pipeline.store import library_versions
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Capabilities:
             the function is that of every other runtime.
         unsupported_schemes: Schemes it cannot express, with the reason.
         default_isa: The ISA an artifact is made for when none is asked; None is this host's.
+        half_flags: Those of CPUs on which it computes its float16 artifacts in float16.
         native_on: The one system that executes its artifacts; elsewhere the runtime interprets
             them. None where every system executes them.
     """
@@ -72,6 +73,7 @@ class Capabilities:
     gelu: Literal["tanh", "erf"]
     float_layers: Mapping[Layer, str] = field(default_factory=dict)
     unsupported_schemes: Mapping[Scheme, str] = field(default_factory=dict)
+    half_flags: frozenset[str] = frozenset()
     default_isa: Isa | None = None
     native_on: str | None = None
 
@@ -426,7 +428,7 @@ def check_expressible(wanted: Export, known: Runtime) -> None:
         UsageError: It cannot; the message lists what it can, and says why where that is known.
     """
     can = known.capabilities
-    quantized, placements = wanted.scheme != "float", can.placements_in(wanted.graph_form)
+    quantized, placements = wanted.scheme not in FLOATING, can.placements_in(wanted.graph_form)
     for word, value, allowed in (
         ("scheme", wanted.scheme, can.schemes),
         ("graph form", wanted.graph_form, can.graph_forms),

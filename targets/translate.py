@@ -12,13 +12,15 @@ factor per row, which goes into the scales.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 
 from pipeline.arithmetic import along_rows, bias_scales
+from pipeline.errors import ArtifactError
 from pipeline.placements import PLACEMENTS, quantized_sites
-from pipeline.records import ACTIVATION_BITS, Layer
+from pipeline.records import ACTIVATION_BITS, FLOATING, Layer
 from targets.graph import (
     Add,
     Conv,
@@ -34,6 +36,7 @@ from targets.graph import (
     ResponseNorm,
     Scale,
     Shift,
+    Weighted,
 )
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from targets.graph import Arrays
 
     Vector = NDArray[np.float32]
+
+HALF_MAX = float(np.finfo(np.float16).max)
 
 
 def build_graph(
@@ -70,6 +75,8 @@ def build_graph(
     traced, modules = _trace(model.architecture, model.preprocessing.input_size)
     plan = _Plan(model, structure(traced, modules), capabilities, export)
     ops = _Translator(arrays, plan, modules, model).run(traced)
+    if export.scheme == "float16":
+        ops = [_halved(op) for op in ops]
     return Graph(ops=tuple(ops), export=export, model=model, arrays=arrays)
 
 
@@ -108,7 +115,7 @@ class _Plan:
         self.integer = frozenset[str]()
         self.sites = frozenset[str]()
         self.streams = frozenset[str | None]()
-        if export.scheme == "float":
+        if export.scheme in FLOATING:
             return
         placement = PLACEMENTS[export.placement]
         kept = frozenset(model.float_layers)
@@ -315,6 +322,24 @@ class _Translator:
         if divided is not None:
             self.divided[op.name] = divided
         return op.name
+
+
+def _halved(op: Op) -> Op:
+    """Round a layer's weights to float16, which leaves them float32 here.
+
+    Raises:
+        ArtifactError: One is too large for float16.
+    """
+    if not isinstance(op, Weighted):
+        return op
+    largest = float(np.abs(op.weight).max())
+    if largest > HALF_MAX:
+        raise ArtifactError(
+            f"a weight of {op.name} is {largest:.3g}, which float16 does not hold",
+            allowed=f"weights up to {HALF_MAX:g} once the network is folded",
+            do="Choose --scheme float or w8a8",
+        )
+    return replace(op, weight=_float32(op.weight.astype(np.float16)))
 
 
 def _float32(values: NDArray[Any]) -> Vector:

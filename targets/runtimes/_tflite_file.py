@@ -43,6 +43,8 @@ INT16_VERSIONS = {
     "PAD": 3,
 }
 """Where a tensor is int16; in a layer that is with a bias of a stated type."""
+HALF_VERSIONS = {"DEQUANTIZE": 3}
+"""Where a tensor is float16."""
 PER_CHANNEL_VERSIONS = {
     "CONV_2D": 5,
     "DEPTHWISE_CONV_2D": 6,
@@ -92,7 +94,7 @@ class TfliteFile:
     def constant(
         self, name: str, value: NDArray[Any] | np.generic, quantization: Any = None
     ) -> int:
-        """Add a constant: float32 or integers, with `per_channel` parameters or none."""
+        """Add a constant: floats or integers, with `per_channel` parameters or none."""
         array = np.ascontiguousarray(value) if np.ndim(value) else np.asarray(value)
         kind = getattr(self.schema.TensorType, array.dtype.name.upper())
         data = np.frombuffer(array.tobytes(), np.uint8)
@@ -180,6 +182,8 @@ class TfliteFile:
         types, known = [tensor.type for tensor in tensors], self.schema.TensorType
         if known.INT16 in types:
             return INT16_VERSIONS[kind]
+        if known.FLOAT16 in types:
+            return HALF_VERSIONS[kind]
         if known.INT8 in types and types[-1] == known.FLOAT32 and _per_channel(tensors):
             return PER_CHANNEL_VERSIONS[kind]
         return VERSIONS.get(kind, 1)

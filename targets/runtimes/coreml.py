@@ -2,8 +2,9 @@
 
 In: a `Graph`. Out: an .mlpackage folder for iOS 17 / macOS 14 and later, NCHW, float32 between the
 quantize/dequantize pairs, so that scales stay the contract's own (float16 would round the small
-ones of a folded LayerScale to zero). Pointwise layers are 1x1 convolutions, weights int8 constants
-behind constexpr_affine_dequantize. CoreML executes on macOS only; elsewhere the saved program is
+ones of a folded LayerScale to zero); the scheme float16, which has none, is float16 throughout.
+Pointwise layers are 1x1 convolutions, weights int8 constants behind constexpr_affine_dequantize.
+CoreML executes on macOS only; elsewhere the saved program is
 interpreted, so that an artifact's logits are known wherever it is made.
 """
 
@@ -52,7 +53,7 @@ class CoreMl:
         layout="NCHW",
         extra="coreml",
         distributions=("coremltools",),
-        schemes=("float", "w8a8", "w4a8", "w8"),
+        schemes=("float", "float16", "w8a8", "w4a8", "w8"),
         graph_forms=("1x1 convolution",),
         gelu="erf",
         unsupported_schemes={
@@ -68,7 +69,7 @@ class CoreMl:
         """Write the .mlpackage; see `targets.base.Runtime`."""
         import coremltools as ct
 
-        batch = graph.export.batch
+        batch, half = graph.export.batch, graph.export.scheme == "float16"
         shape = (
             ct.RangeDim(1, LARGEST_BATCH) if batch == "dynamic" else batch,
             *graph.ops[0].shape,
@@ -78,7 +79,7 @@ class CoreMl:
             inputs=[ct.TensorType(name=INPUT_NAME, shape=shape)],
             convert_to="mlprogram",
             minimum_deployment_target=ct.target.iOS17,
-            compute_precision=ct.precision.FLOAT32,
+            compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
             skip_model_load=True,
         )
         model.user_defined_metadata[METADATA_KEY] = metadata

@@ -94,6 +94,7 @@ class OnnxRuntime:
         gelu="erf",
         unsupported_schemes={
             "w4a4": NO_FOUR_BITS,
+            "float16": "onnxruntime has no CPU kernels for it; it would convert to float and back",
             "w8a16": "onnxruntime has no kernel for 16-bit activations; it would compute in float",
         },
     )

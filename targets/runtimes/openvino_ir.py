@@ -12,6 +12,7 @@ itself what a linear layer with int8 weights reads, unless it is told not to.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +62,8 @@ FLOAT_OPS = (g.Norm, g.Add, g.Mean, g.Scale, g.Shift, g.ResponseNorm)
 CHANNELWISE = (g.Shift, g.Scale, g.Gelu, g.QuantizePair, g.ResponseNorm)
 """What may lie in either layout: it stays in that of what it reads."""
 DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
-PARITY = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1}
+PRECISION, HALF = "INFERENCE_PRECISION_HINT", "FP16"
+PARITY = {PRECISION: "f32", "NUM_STREAMS": 1}
 """Without the hint OpenVINO may compute in bf16 where the CPU has it."""
 
 
@@ -74,9 +76,10 @@ class OpenVino:
         layout="NCHW",
         extra="openvino",
         distributions=("openvino",),
-        schemes=("float", "w8a8", "w4a8", "w8"),
+        schemes=("float", "float16", "w8a8", "w4a8", "w8"),
         graph_forms=(CONVOLUTION, LINEAR),
         gelu="erf",
+        half_flags=frozenset({"avx512_fp16", "asimdhp"}),
         unsupported_schemes={
             "w4a4": NO_FOUR_BITS,
             "w8a16": "OpenVINO has no kernel for 16-bit activations; it would compute in float",
@@ -98,7 +101,7 @@ class OpenVino:
     def prove(self, path: Path, graph: g.Graph) -> Proof:
         """Count in the model that OpenVINO compiled for this CPU."""
         counts: Counter[str] = Counter()
-        integer = 0
+        integer = half = 0
         compiled = _compile(path, threads=1)
         # OpenVINO calls a linear layer with int8 weights i8 even where it computes in float.
         stored = graph.export.scheme == "w8" and not compiled.get_property(DYNAMIC)
@@ -109,8 +112,12 @@ class OpenVino:
             counts[kind] += 1
             computes = kind in WEIGHTED_TYPES and not (stored and kind == "FullyConnected")
             integer += computes and precision in INTEGER_PRECISIONS
+            half += kind in WEIGHTED_TYPES and precision == "f16"
+        method = "runtimePrecision of layers in the model that OpenVINO compiled for this CPU"
+        if graph.export.scheme == "float16":
+            method += f"; {half} of them in f16"
         return Proof(
-            method="runtimePrecision of layers in the model that OpenVINO compiled for this CPU",
+            method=method,
             integer_layers=integer,
             expected_integer_layers=computing_layers(graph),
             weighted_layers=len(graph.weighted),
@@ -122,10 +129,7 @@ class OpenVino:
 
     def read_metadata(self, path: Path) -> str:
         """Return this project's entry of the model's rt_info."""
-        model = _read(path)
-        if not model.has_rt_info([METADATA_KEY]):
-            return ""
-        return str(model.get_rt_info([METADATA_KEY]).astype(str))
+        return _metadata(_read(path))
 
     def can_run(self) -> NotRun | None:
         """OpenVINO runs wherever it is installed."""
@@ -212,11 +216,26 @@ def _integer_weights(model: Any) -> int:
     )
 
 
+def _metadata(model: Any) -> str:
+    if not model.has_rt_info([METADATA_KEY]):
+        return ""
+    return str(model.get_rt_info([METADATA_KEY]).astype(str))
+
+
 def _compile(path: Path, *, threads: int, **more: object) -> Any:
     import openvino
 
+    core, model = openvino.Core(), _read(path)
     settings = {**PARITY, "INFERENCE_NUM_THREADS": threads, **more}
-    return openvino.Core().compile_model(_read(path), "CPU", settings)
+    if _is_half(model) and HALF in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        settings[PRECISION] = "f16"
+    return core.compile_model(model, "CPU", settings)
+
+
+def _is_half(model: Any) -> bool:
+    """Return whether a model of ours is in float16; what others wrote is not asked."""
+    text = _metadata(model)
+    return bool(text) and json.loads(text)["export"]["scheme"] == "float16"
 
 
 class _Emitter:
@@ -360,6 +379,9 @@ class _Emitter:
 
     def _weight(self, op: g.Weighted, shape: g.Shape) -> Any:
         ov = self.ov
+        if self.graph.export.scheme == "float16":
+            half = op.weight.astype(np.float16).reshape(shape)
+            return ov.convert(ov.constant(half), np.float32)
         if op.integers is None:
             return ov.constant(op.weight.reshape(shape))
         integers = ov.convert(ov.constant(op.integers.weight.reshape(shape)), np.float32)

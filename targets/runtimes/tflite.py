@@ -5,6 +5,9 @@ layer reads and writes integers, so its output is a site too; GELU between two i
 TFLite's int8 lookup, between int16 ones it is float, for it has no int16 kernel. TFLite has no
 LayerNorm: it becomes seven float ops.
 
+In float16 a DEQUANTIZE of a layer's weights makes it a float layer, which runtimes with float16
+arithmetic (GPU delegates, XNNPACK where it is asked) compute in that.
+
 A layer with int8 weights whose input is float quantizes that itself when it runs (w8a8-dynamic). In
 w8 a DEQUANTIZE of its weights, which the runtime does once, makes it a float layer.
 
@@ -86,7 +89,7 @@ class TfLite:
         layout="NHWC",
         extra="tflite",
         distributions=("ai-edge-litert",),
-        schemes=("float", "w8a8", "w4a8", "w8a16", "w8a8-dynamic", "w8"),
+        schemes=("float", "float16", "w8a8", "w4a8", "w8a16", "w8a8-dynamic", "w8"),
         graph_forms=(IN_PARTS, WHOLE),
         gelu="erf",
         # Its integer kernels write integers.
@@ -108,18 +111,19 @@ class TfLite:
         tensors = model.subgraphs[0].tensors
         names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
         int8, counts = schema.TensorType.INT8, Counter[str]()
-        unpacked, integer, packed = set[int](), 0, 0
+        unpacked, integer, packed, constant = set[int](), 0, 0, 0
         layers = {op.name for op in graph.weighted}
         for op in model.subgraphs[0].operators:
             kind = names[model.operatorCodes[op.opcodeIndex].builtinCode]
             counts[kind] += 1
             if kind == "DEQUANTIZE" and tensors[op.inputs[0]].buffer:
+                constant += 1
                 unpacked |= set(op.outputs) if tensors[op.inputs[0]].type == int8 else set()
             elif kind in WEIGHTED_OPS and _layer(tensors[op.inputs[1]]) in layers:
                 # With int8 weights it computes in integers, whatever it reads.
                 integer += tensors[op.inputs[1]].type == int8
                 packed += op.inputs[1] in unpacked
-        quantizing = sum(counts[name] for name in QUANTIZE_OPS) - len(unpacked)
+        quantizing = sum(counts[name] for name in QUANTIZE_OPS) - constant
         return Proof(
             method="ops and tensor types of the file",
             integer_layers=integer,
@@ -343,6 +347,9 @@ class _Emitter:
         layer, name = op.integers, f"{name}.weight"
         whole = op.weight if layer is None else layer.weight
         values = self._ohwi(op, whole if part is None else part.of(whole))
+        if self.graph.export.scheme == "float16":
+            half = self.file.constant(name, values.astype(np.float16))
+            return self.file.dequantized(f"{name}.float", half)
         if layer is None:
             return self.file.constant(name, values)
         weight = self.file.constant(name, values, self.file.per_channel(layer.weight_scales, axis))

@@ -136,6 +136,20 @@ def test_a_placement_that_is_asked_for_stays(placement: str, effort: Effort) -> 
     assert {one.placement for one in found if one.scheme != "float"} == {placement}
 
 
+def test_float16_is_tried_where_the_cpu_computes_in_it_and_there_is_time() -> None:
+    can = runtimes()["openvino"].capabilities
+    halves = [
+        {one.graph_form for one in found if one.scheme == "float16"}
+        for found in (
+            candidates(can, exports_of("openvino"), "full", flags=["avx2", "avx512_fp16"]),
+            candidates(can, exports_of("openvino"), "quick", flags=["avx2", "avx512_fp16"]),
+            candidates(can, exports_of("openvino"), "full", flags=["avx2"]),
+            candidates(can, exports_of("openvino", "float"), "full", flags=["avx512_fp16"]),
+        )
+    ]
+    assert halves == [set(can.graph_forms), set(), set(), set()]
+
+
 # --- who stays ------------------------------------------------------------------------------------
 
 
@@ -317,6 +331,16 @@ def test_what_loses_too_much_gives_way_to_the_next(
         assert layout.graph_form == FORMS[expected]
 
 
+def test_float16_that_is_fastest_is_shipped_without_a_placement(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    half = replace(candidate("w8a8", FORMS[0], 0.5), scheme="float16", placement="none")
+    layout = taken([half, candidate("w8a8", FORMS[0], 0.8), FLOAT], monkeypatch)
+    assert (layout.scheme, layout.placement) == ("float16", None)
+    assert sentence(layout).startswith("openvino: float16 is shipped, ")
+    assert not ships_float(layout)
+
+
 def test_integers_that_cannot_be_exported_are_no_reason_to_ship_float(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -330,34 +354,6 @@ def test_integers_that_cannot_be_exported_are_no_reason_to_ship_float(
 
 
 # --- where it holds -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "device", "how", "reason"),
-    [
-        ("openvino", Stopwatch({}), {"effort": "off"}, "--tune off"),
-        ("coreml", Stopwatch({}), {}, "it is not a Mac"),
-        ("openvino", Stopwatch({}, ("asimd",)), {}, "and stopwatch has arm"),
-        ("openvino", Stopwatch({}, ()), {}, "and stopwatch has none it names"),
-        (
-            "tflite",
-            Stopwatch({}, ("avx2",)),
-            {},
-            "its artifacts are for arm, and stopwatch has avx2",
-        ),
-    ],
-)
-def test_elsewhere_a_default_is_taken_and_said(
-    name: str, device: Stopwatch, how: dict[str, Any], reason: str
-) -> None:
-    stages: Any = None
-    exports = Exports(Recipe(runtimes=(name,)))
-    layouts = Autotuner(stages, exports, conditions(device, **how), None).run(Path())
-    layout = layouts[name]
-    assert layout.source == "default"
-    assert reason in layout.reason
-    assert not device.heats
-    assert exports.laid_out(layouts).exports(exports.targets[0]) == exports_of(name)
 
 
 class Emulated(Stopwatch):
@@ -376,6 +372,40 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Emulated:
     device = Emulated({}, FLAGS["arm"])
     monkeypatch.setattr(base, "device", {"emulated-arm64:phone": device}.__getitem__)
     return device
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "how", "reason"),
+    [
+        ("openvino", Stopwatch({}), {"effort": "off"}, "--tune off"),
+        ("coreml", Stopwatch({}), {}, "it is not a Mac"),
+        ("openvino", Stopwatch({}, ("asimd",)), {}, "and stopwatch has arm"),
+        ("openvino", Stopwatch({}, ()), {}, "and stopwatch has none it names"),
+        (
+            "tflite",
+            Stopwatch({}, ("avx2",)),
+            {},
+            "its artifacts are for arm, and stopwatch has avx2",
+        ),
+    ],
+)
+def test_elsewhere_a_default_is_taken_and_said(
+    name: str,
+    device: Stopwatch,
+    how: dict[str, Any],
+    reason: str,
+    stand_in: Emulated,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(stand_in, "probe", lambda: NotRun(reason="its sysroot is not built"))
+    stages: Any = None
+    exports = Exports(Recipe(runtimes=(name,)))
+    layouts = Autotuner(stages, exports, conditions(device, **how), None).run(Path())
+    layout = layouts[name]
+    assert layout.source == "default"
+    assert reason in layout.reason
+    assert not device.heats
+    assert exports.laid_out(layouts).exports(exports.targets[0]) == exports_of(name)
 
 
 def tuned_beside(name: str, here: Stopwatch, **how: Any) -> tuple[Layout, list[Autotuner]]:

@@ -22,6 +22,7 @@ from pipeline.fold import fold
 from pipeline.quantize import Given, quantize, write
 from pipeline.records import (
     ACTIVATION_BITS,
+    FLOATING,
     SCHEMES,
     Architecture,
     Export,
@@ -55,7 +56,10 @@ EXPRESSED = [
     (name, scheme)
     for name, target in sorted(runtimes().items())
     for scheme in target.capabilities.schemes
-    if scheme != "float"
+    if scheme not in FLOATING
+]
+HALVES = [
+    name for name, target in sorted(runtimes().items()) if "float16" in target.capabilities.schemes
 ]
 REFUSED = [
     (name, scheme)
@@ -92,7 +96,7 @@ def export_of(
     profile: Profile = "avx2",
 ) -> Export:
     can = target.capabilities
-    quantizes = scheme != "float"
+    quantizes = scheme not in FLOATING
     return Export(
         runtime=target.name,
         scheme=scheme,
@@ -106,7 +110,7 @@ def export_of(
 
 def graph_of(name: str, scheme: Scheme, placement: str = "all", batch: Any = 1) -> Graph:
     target = runtimes()[name]
-    record, arrays = made("w8" if scheme == "float" else scheme)
+    record, arrays = made("w8" if scheme in FLOATING else scheme)
     export = export_of(target, scheme, placement, batch)
     return build_graph(record, arrays, target.capabilities, export)
 
@@ -136,6 +140,79 @@ def test_a_refusal_says_why(name: str, scheme: Scheme) -> None:
         check_expressible(export_of(target, scheme), target)
     assert f"does not express scheme {scheme}: " in str(caught.value)
     assert target.capabilities.unsupported_schemes[scheme] in str(caught.value)
+
+
+# --- float16 --------------------------------------------------------------------------------------
+
+
+def test_float16_is_the_float_network_with_rounded_weights() -> None:
+    graph, plain = graph_of("reference", "float16"), graph_of("reference", "float")
+    for half, one in zip(graph.weighted, plain.weighted, strict=True):
+        rounded = one.weight.astype(np.float16)
+        np.testing.assert_array_equal(half.weight, rounded)
+        np.testing.assert_array_equal(half.bias, one.bias)
+    reached = sqnr_db(evaluate(plain, images()), evaluate(graph, images()))
+    assert reached is not None
+    assert 50 < reached < 100
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_a_float16_artifact_is_half_as_large_and_computes_the_same(
+    name: str, tmp_path: Path
+) -> None:
+    target, graph = runtimes()[name], graph_of(name, "float16")
+    for folder in ("half", "whole"):
+        (tmp_path / folder).mkdir()
+    path = written(graph, tmp_path / "half")
+    proof = target.prove(path, graph)
+    assert (proof.integer_layers, proof.integer_weights) == (0, 0)
+    assert proof.quantize_ops_per_block == 0
+    logits, expected = logits_of(path, graph), evaluate(graph, images())
+    error = np.abs(logits - expected).max() / np.abs(expected).max()
+    # CoreML computes in it everywhere, OpenVINO where the CPU does.
+    assert error < {"coreml": 5e-3, "openvino": 5e-3}.get(name, 1e-5)
+    if name != "reference":
+        whole = written(graph_of(name, "float"), tmp_path / "whole")
+        weights = sum(op.weight.size for op in graph.weighted)
+        saved = size_bytes(whole.parent) - size_bytes(path.parent)
+        assert saved == pytest.approx(2 * weights, rel=0.15)  # words of the file
+
+
+@pytest.mark.parametrize(("can", "hint"), [(["FP32", "FP16"], "f16"), (["FP32"], "f32")])
+def test_openvino_computes_in_float16_where_the_cpu_does(
+    can: list[str], hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import openvino
+
+    seen: list[Any] = []
+    path = written(graph_of("openvino", "float16"), tmp_path)
+
+    class Core:
+        read_model = openvino.Core().read_model
+
+        def get_property(self, *_: str) -> list[str]:
+            return can
+
+        def compile_model(self, _: Any, __: str, settings: Any) -> Any:
+            seen.append(settings["INFERENCE_PRECISION_HINT"])
+            raise InterruptedError
+
+    monkeypatch.setattr(openvino, "Core", Core)
+    with pytest.raises(InterruptedError):
+        runtimes()["openvino"].load(path, threads=1)
+    assert seen == [hint]
+
+
+def test_a_weight_that_float16_does_not_hold_is_refused() -> None:
+    record, arrays = made("w8")
+    name = next(key for key in arrays if key.startswith("float/") and key.endswith(".pw1.weight"))
+    arrays = {**arrays, name: arrays[name] * 1e9}
+    target = runtimes()["reference"]
+    with pytest.raises(ArtifactError, match=r"a weight of .*pw1 is .*float16 does not hold"):
+        build_graph(record, arrays, target.capabilities, export_of(target, "float16"))
+
+
+# --- integers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("placement", ["pointwise", "all"])
