@@ -18,32 +18,41 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any, Literal
+from tempfile import TemporaryDirectory, mkdtemp
+from typing import TYPE_CHECKING
 
 import numpy as np
 from pydantic import TypeAdapter
 
 from pipeline.benchmark import noise_image
+from pipeline.candidates import (
+    Clock,
+    Effort,
+    candidates,
+    failed,
+    faster_half,
+    figures,
+    in_order,
+    is_faster,
+    rank,
+    ratio_of,
+    timed,
+)
 from pipeline.errors import ArtifactError, DeviceError, WorkerError
-from pipeline.placements import PLACEMENTS
-from pipeline.records import ACTIVATION_BITS, FLOATING, Candidate, Export, Layout
-from pipeline.statistics import percentile, ratio_interval
+from pipeline.records import FLOATING, Candidate, Export, Layout
 from pipeline.store import Stage, file_stem, library_versions
+from reports.layouts import placed
 from targets import base
 from targets.devices.local import isa_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from pipeline.exports import Exports
     from pipeline.records import Accuracy, Architecture, Artifact, Isa
     from pipeline.stages import Stages
     from pipeline.worker import Progress
-    from targets.base import Capabilities, Device, DeviceInfo, Runtime, Samples
-
-Effort = Literal["off", "quick", "full"]
-Clock = Literal["cpu", "wall", "instructions"]
+    from targets.base import Device, DeviceInfo, Runtime, Samples
 
 ROUNDS: dict[Effort, int] = {"quick": 6, "full": 12}
 """Of the first heat; the next has twice as many for half the candidates."""
@@ -251,7 +260,14 @@ class Autotuner:
                 else:
                     paths[export] = made
             raw = self._heats(paths, found, progress)
-        ranked = sorted(found.values(), key=lambda one: _rank(one, self.given.clock))
+            if self.given.effort == "full":
+
+                def make(one: Export) -> Path | Candidate:
+                    inner = Path(mkdtemp(dir=place))
+                    return self._exported(target, model, one, inner)
+
+                raw += self._by_stage(paths, found, make, progress)
+        ranked = sorted(found.values(), key=lambda one: rank(one, self.given.clock))
         (folder / MEASURED).write_bytes(_CANDIDATES.dump_json(tuple(ranked), indent=1))
         (folder / SAMPLES).write_bytes(TypeAdapter(list[list[base.Samples]]).dump_json(raw))
 
@@ -268,7 +284,7 @@ class Autotuner:
                     folder=str(folder),
                 )
         except (WorkerError, ArtifactError) as error:
-            return _failed(export, error)
+            return failed(export, error)
         return folder / str(made.value["path"])
 
     def _heats(
@@ -276,28 +292,92 @@ class Autotuner:
     ) -> list[list[Samples]]:
         """Run heat after heat, each with the faster half of the one before."""
         left, rounds, raw = list(paths), ROUNDS[self.given.effort], list[list[base.Samples]]()
-        image = noise_image(self.given.image_shape)
         while left:
-            jobs = [
-                base.Job(label=str(i), runtime=export.runtime, path=paths[export])
-                for i, export in enumerate(left)
-            ]
-            samples = self.given.device.measure(
-                jobs,
-                image,
-                rounds=1 if self.given.counts else rounds,
-                per_round=self.given.per_round,
-                threads=self.given.threads,
-                progress=progress,
-            )
+            samples = self._turns(left, paths, rounds, progress)
             raw.append(samples)
-            found |= _timed(left, samples, self.given, heat=len(raw) - 1)
+            found |= self._timed(left, samples, heat=len(raw) - 1)
             stay = faster_half([found[export] for export in left], self.given.clock)
             if self.given.counts or len(stay) == len(left):
                 return raw  # counts repeat: another heat would say the same
             left = [export for export in left if found[export] in stay]
             rounds *= 2
         return raw
+
+    def _by_stage(
+        self,
+        paths: dict[Export, Path],
+        found: dict[Export, Candidate],
+        make: Callable[[Export], Path | Candidate],
+        progress: Progress,
+    ) -> list[list[Samples]]:
+        """Try the best integers with the blocks of a stage in float, and of all where that pays.
+
+        The blocks of a stage have one shape, so what pays for one pays for the others.
+        """
+        clock, depth = self.given.clock, len(self.given.architecture.depths)
+        everything = list(found)
+        order = in_order(list(found.values()), clock)
+        floats = [one for one in paths if one.scheme == "float" and figures(found[one], clock)[0]]
+        best = everything[order[0]] if order else None
+        if best is None or best.scheme in FLOATING or not floats or depth == 1:
+            return []
+        plain = min(floats, key=lambda one: rank(found[one], clock))
+
+        def added(*stages: int) -> Export | None:
+            one = replace(best, float_stages=stages)
+            made = make(one)
+            if isinstance(made, Candidate):
+                found[one] = made
+                return None
+            paths[one] = made
+            return one
+
+        singles = [one for stage in range(depth) if (one := added(stage)) is not None]
+        rounds, last = ROUNDS[self.given.effort], found[best].heat
+        first = [plain, best, *singles]
+        samples = self._turns(first, paths, rounds, progress)
+        tried = self._timed(first, samples, heat=0)
+        found |= {one: tried[one] for one in singles}
+        pays = tuple(
+            stage
+            for one, item in zip(singles, samples[2:], strict=True)
+            for stage in one.float_stages
+            if is_faster(item, samples[1], clock, self.given.per_round)
+        )
+        mixed = added(*pays) if 0 < len(pays) < depth else None
+        if mixed is None:
+            return [samples]
+        final = [plain, best, mixed]
+        more = self._turns(final, paths, 2 * rounds, progress)
+        found |= self._timed(final, more, heat=last + 1)
+        return [samples, more]
+
+    def _turns(
+        self,
+        exports: Sequence[Export],
+        paths: Mapping[Export, Path],
+        rounds: int,
+        progress: Progress,
+    ) -> list[Samples]:
+        """Let exports take turns on the device."""
+        jobs = [
+            base.Job(label=str(i), runtime=export.runtime, path=paths[export])
+            for i, export in enumerate(exports)
+        ]
+        return self.given.device.measure(
+            jobs,
+            noise_image(self.given.image_shape),
+            rounds=1 if self.given.counts else rounds,
+            per_round=self.given.per_round,
+            threads=self.given.threads,
+            progress=progress,
+        )
+
+    def _timed(
+        self, exports: Sequence[Export], samples: Sequence[Samples], *, heat: int
+    ) -> dict[Export, Candidate]:
+        clock, per_round = self.given.clock, self.given.per_round
+        return timed(exports, samples, clock, per_round=per_round, heat=heat)
 
     # --- choosing ------------------------------------------------------------------------------
 
@@ -312,11 +392,11 @@ class Autotuner:
         kept, seen, why, slower = None, dict[int, Candidate](), "", ""
         for index in order:
             one = found[index]
-            ratio, (low, high) = _ratio(one, self.given.clock)
+            ratio, (low, high) = ratio_of(one, self.given.clock)
             took = f"{ratio:.2f} ({low:.2f} to {high:.2f}) of the best float one's"
             took += " instructions" if self.given.counts else f" {self.given.clock} time"
             if high > 1:
-                slower = slower or f"{one.placement} in form {one.graph_form} takes {took}"
+                slower = slower or f"{placed(one)} in form {one.graph_form} takes {took}"
                 continue
             kept, why = one, took
             if self.keeps is None:
@@ -347,7 +427,8 @@ class Autotuner:
             clock=self.given.clock,
             candidates=tuple(seen.get(i, one) for i, one in enumerate(found)),
             scheme=kept.scheme if kept else "float",
-            placement=_placement(kept) if kept else None,
+            placement=kept.placement if kept and kept.scheme not in FLOATING else None,
+            float_stages=kept.float_stages if kept else (),
             graph_form=(kept or floats[0]).graph_form,
             float_form=floats[0].graph_form,
         )
@@ -356,7 +437,8 @@ class Autotuner:
         layout = replace(
             self.exports.default_layout(target, ""),
             scheme=one.scheme,
-            placement=_placement(one),
+            placement=one.placement if one.scheme not in FLOATING else None,
+            float_stages=one.float_stages,
             graph_form=one.graph_form,
             float_form=best.graph_form,
         )
@@ -367,164 +449,3 @@ def counts_instructions(device: Device) -> bool:
     """Return whether a device counts instructions, and takes no times."""
     info = device.probe()
     return isinstance(info, base.DeviceInfo) and info.kind == "emulated"
-
-
-def candidates(
-    can: Capabilities,
-    defaults: Sequence[Export],
-    effort: Effort,
-    *,
-    asked: bool = False,
-    flags: Collection[str] = (),
-) -> tuple[Export, ...]:
-    """Return every way to lay out a runtime's artifacts that is worth measuring.
-
-    Args:
-        can: Of the runtime.
-        defaults: What it exports by default: the float artifact and, unless that is all, the
-            quantized one.
-        effort: `quick` keeps to the default placement's layers, so that integers stay what they
-            are; `full` takes every placement, and float16 where the CPU computes in it.
-        asked: Whether the placement was asked for, and stays.
-        flags: Of the device's CPU.
-
-    Returns:
-        Every form of the float artifact, then every form and placement of the others.
-    """
-    found, half = list[Export](), bool(can.half_flags & set(flags))
-    for one in defaults:
-        if one.scheme in FLOATING:
-            found += [replace(one, graph_form=form) for form in can.graph_forms]
-            continue
-        for placement in [one.placement] if asked else _placements(can, one, effort):
-            found += [
-                replace(one, placement=placement, graph_form=form)
-                for form in can.graph_forms
-                if placement in can.placements_in(form)
-            ]
-    if half and effort == "full" and any(one.scheme not in FLOATING for one in found):
-        found += [replace(one, scheme="float16") for one in found if one.scheme == "float"]
-    return tuple(found)
-
-
-def _placement(one: Candidate) -> str | None:
-    return None if one.scheme in FLOATING else one.placement
-
-
-def _placements(can: Capabilities, one: Export, effort: Effort) -> list[str]:
-    layers = PLACEMENTS[one.placement].layers
-    names = [n for n in can.placements if effort == "full" or PLACEMENTS[n].layers == layers]
-    if one.scheme in ACTIVATION_BITS:
-        return names
-    # Without sites placements of the same layers are the same function.
-    first = {PLACEMENTS[name].layers: name for name in reversed(names)}
-    return [name for name in names if name in first.values()]
-
-
-def faster_half(heat: Sequence[Candidate], clock: Clock) -> list[Candidate]:
-    """Return who stays after a heat: of the float ones and of the others the faster half each."""
-    stay = list[Candidate]()
-    for floats in (True, False):
-        group = [one for one in heat if (one.scheme == "float") == floats]
-        group.sort(key=lambda one: _time(one, clock))
-        stay += group[: max(1, len(group) // 2)]
-    return stay
-
-
-def in_order(found: Sequence[Candidate], clock: Clock) -> list[int]:
-    """Return the indices of the candidates, float ones apart, that were measured, best first.
-
-    Who stayed longer is better, and who was faster in the last heat of both.
-    """
-    measured = [
-        index
-        for index, one in enumerate(found)
-        if one.scheme != "float" and _figures(one, clock)[1]
-    ]
-    return sorted(measured, key=lambda index: _rank(found[index], clock))
-
-
-def _figures(
-    one: Candidate, clock: Clock
-) -> tuple[float | None, float | None, tuple[float, float] | None]:
-    """Return what a candidate took, that over the best float one of its heat, and its interval."""
-    match clock:
-        case "cpu":
-            return one.cpu_p50_ms, one.cpu_ratio, one.cpu_ratio_ci95
-        case "wall":
-            return one.wall_p50_ms, one.wall_ratio, one.wall_ratio_ci95
-        case "instructions":
-            return one.instructions, one.instruction_ratio, one.instruction_ratio_ends
-
-
-def _ratio(one: Candidate, clock: Clock) -> tuple[float, tuple[float, float]]:
-    _, ratio, ends = _figures(one, clock)
-    assert ratio is not None, "in_order gives those that were measured"
-    assert ends is not None
-    return ratio, ends
-
-
-def _rank(one: Candidate, clock: Clock) -> tuple[int, float]:
-    return -one.heat, _time(one, clock)
-
-
-def _time(one: Candidate, clock: Clock) -> float:
-    found, _, _ = _figures(one, clock)
-    return np.inf if found is None else found
-
-
-def _failed(export: Export, error: Exception) -> Candidate:
-    return Candidate(
-        scheme=export.scheme,
-        placement=export.placement,
-        graph_form=export.graph_form,
-        outcome="failed",
-        reason=str(error),
-    )
-
-
-def _timed(
-    exports: Sequence[Export], samples: Sequence[Samples], given: Conditions, *, heat: int
-) -> dict[Export, Candidate]:
-    """Derive the figures of one heat, each against its best float candidate."""
-    floats = [s for e, s in zip(exports, samples, strict=True) if e.scheme == "float"]
-
-    def median(of: Samples) -> float:
-        raw = {"cpu": of.cpu_ms, "wall": of.wall_ms, "instructions": of.instructions}
-        return float(np.median(raw[given.clock]))
-
-    best = min(floats, key=median, default=None)
-    found = {}
-    for export, item in zip(exports, samples, strict=True):
-        cpu = best and ratio_interval(item.cpu_ms, best.cpu_ms, per_round=given.per_round)
-        wall = best and ratio_interval(item.wall_ms, best.wall_ms, per_round=given.per_round)
-        found[export] = Candidate(
-            scheme=export.scheme,
-            placement=export.placement,
-            graph_form=export.graph_form,
-            outcome="measured",
-            heat=heat,
-            samples=len(item.wall_ms) or len(item.instructions),
-            wall_p50_ms=percentile(item.wall_ms, 50),
-            cpu_p50_ms=percentile(item.cpu_ms, 50),
-            wall_ratio=wall[0] if wall else None,
-            wall_ratio_ci95=wall[1:] if wall else None,
-            cpu_ratio=cpu[0] if cpu else None,
-            cpu_ratio_ci95=cpu[1:] if cpu else None,
-            **_counted(item.instructions, best.instructions if best else ()),
-        )
-    return found
-
-
-def _counted(ours: Sequence[int], best: Sequence[int]) -> dict[str, Any]:
-    """Return the fields of a candidate that counts make; none where there are none."""
-    if not ours:
-        return {}
-    count = int(np.median(ours))
-    if not best:
-        return {"instructions": count}
-    return {
-        "instructions": count,
-        "instruction_ratio": count / float(np.median(best)),
-        "instruction_ratio_ends": (min(ours) / max(best), max(ours) / min(best)),
-    }

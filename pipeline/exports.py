@@ -89,6 +89,7 @@ class Exports:
                 gelu=target.capabilities.gelu,
                 profile=self._profile(target) if one not in FLOATING else None,
                 batch=self.recipe.batch,
+                float_stages=layout.float_stages if one not in FLOATING else (),
             )
             for one in SCHEMES
             if one in {"float", scheme}

@@ -469,7 +469,10 @@ class QuantizedModel:
 
 @_record
 class Export:
-    """One artifact to be made: which integers, in which form, for which runtime."""
+    """One artifact to be made: which integers, in which form, for which runtime.
+
+    The blocks of `float_stages`, counted from 0, stay float whatever the placement says.
+    """
 
     runtime: str
     scheme: Scheme
@@ -478,6 +481,7 @@ class Export:
     gelu: Literal["tanh", "erf"]
     profile: Profile | None
     batch: Batch | Literal["dynamic"] = 1
+    float_stages: tuple[int, ...] = ()
 
 
 @_reported
@@ -897,6 +901,7 @@ class Candidate:
 
     scheme: Scheme
     placement: str
+    float_stages: tuple[int, ...] = ()
     graph_form: str
     outcome: Literal["measured", "failed"]
     reason: str | None = None
@@ -926,6 +931,7 @@ class Layout:
         candidates: All that were measured, those that stayed longest first.
         scheme: Of the artifact that is shipped: `float` where integers are not shown to be faster.
         placement: Of the quantized artifact; None where there is none.
+        float_stages: Stages, counted from 0, whose blocks it leaves in float.
         graph_form: Of the quantized artifact, or else of the float one.
         float_form: Of the float artifact.
     """
@@ -942,6 +948,7 @@ class Layout:
     candidates: tuple[Candidate, ...] = ()
     scheme: Scheme
     placement: str | None
+    float_stages: tuple[int, ...] = ()
     graph_form: str
     float_form: str
 

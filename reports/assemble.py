@@ -105,6 +105,7 @@ def artifact_row(artifact: Artifact, accuracy: Accuracy, latency: Sequence[Laten
         profile=export.profile,
         gelu=export.gelu,
         batch=export.batch,
+        float_stages=export.float_stages,
         sites=artifact.sites,
         proof=artifact.proof,
         files=artifact.files,

@@ -110,6 +110,7 @@ class ArtifactRow(_Model):
     profile: Profile | None = None
     gelu: str | None = None
     batch: int | str = 1
+    float_stages: tuple[int, ...] = ()
     sites: tuple[str, ...] = ()
     proof: Proof | None = None
     files: dict[str, str] = Field(default_factory=dict)

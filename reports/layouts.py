@@ -10,19 +10,28 @@ from typing import TYPE_CHECKING
 from pipeline.records import FLOATING
 
 if TYPE_CHECKING:
-    from pipeline.records import Layout
+    from pipeline.records import Candidate, Export, Layout
+    from reports.document import ArtifactRow
 
 
 def sentence(layout: Layout) -> str:
     """Say what a runtime takes and why."""
     form = f"form {layout.graph_form}"
     if layout.source == "default":
-        placed = f"placement {layout.placement}, " if layout.placement else ""
-        return f"{layout.runtime}: {placed}{form}, its default ({layout.reason})"
+        where = f"placement {layout.placement}, " if layout.placement else ""
+        return f"{layout.runtime}: {where}{form}, its default ({layout.reason})"
     where = f"measured on {layout.device}, {layout.isa}"
     if layout.placement is None:
         return f"{layout.runtime}: {layout.scheme} is shipped, {form} ({layout.reason}; {where})"
-    return f"{layout.runtime}: placement {layout.placement}, {form} ({layout.reason}; {where})"
+    return f"{layout.runtime}: placement {placed(layout)}, {form} ({layout.reason}; {where})"
+
+
+def placed(of: Export | Candidate | ArtifactRow | Layout) -> str:
+    """Name a placement, with the stages whose blocks it leaves in float."""
+    if not of.float_stages:
+        return of.placement or ""
+    word = "stage" if len(of.float_stages) == 1 else "stages"
+    return f"{of.placement}, {word} {', '.join(map(str, of.float_stages))} in float"
 
 
 def ships_float(layout: Layout) -> bool:

@@ -303,6 +303,7 @@ def _environment(*, markdown: bool = False) -> jinja2.Environment:
         "plain": lambda value: _DASH if value is None else f"{value:.6g}",
         "share": share,
         "word": word,
+        "placed": layouts.placed,
         "human": _human,
         "largest": lambda counts: sorted(counts.items(), key=lambda item: -item[1])[:_SYMBOLS],
         "count": lambda value: _DASH if value is None else f"{value:,}",

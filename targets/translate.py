@@ -122,8 +122,11 @@ class _Plan:
         kinds = placement.layers
         if export.scheme not in ACTIVATION_BITS:
             kinds = kinds - capabilities.float_layers.keys()
+        stages = tuple(f"stages.{stage}.blocks." for stage in export.float_stages)
         self.integer = frozenset(
-            name for name in structure.reads if layer_kind(name) in kinds and name not in kept
+            name
+            for name in structure.reads
+            if layer_kind(name) in kinds and name not in kept and not name.startswith(stages)
         )
         if export.scheme in ACTIVATION_BITS:
             self.sites = quantized_sites(placement, structure, self.integer)

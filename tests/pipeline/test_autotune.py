@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.autotune import Autotuner, Conditions, Effort, candidates, faster_half, in_order
+from pipeline.autotune import Autotuner, Conditions
+from pipeline.candidates import Effort, failed, in_order
 from pipeline.errors import ArtifactError
 from pipeline.exports import Exports
 from pipeline.layouts import read_layouts
-from pipeline.placements import PLACEMENTS
 from pipeline.recipe import Recipe
 from pipeline.records import (
     Accuracy,
@@ -100,54 +100,6 @@ def conditions(
 def exports_of(name: str, scheme: str = "w8a8", **more: Any) -> list[Export]:
     exports = Exports(Recipe.model_validate({"runtimes": (name,), "scheme": scheme, **more}))
     return exports.exports(exports.targets[0])
-
-
-# --- what is tried --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", sorted(runtimes()))
-@pytest.mark.parametrize("effort", ["quick", "full"])
-def test_every_candidate_can_be_expressed_and_quick_needs_no_other_integers(
-    name: str, effort: Effort
-) -> None:
-    target, defaults = runtimes()[name], exports_of(name)
-    found = candidates(target.capabilities, defaults, effort)
-    assert len(found) == len(set(found))
-    assert set(defaults) <= set(found)
-    for one in found:
-        base.check_expressible(one, target)
-    layers = {PLACEMENTS[one.placement].layers for one in found if one.scheme != "float"}
-    assert (len(layers) == 1) == (effort == "quick")
-    forms = {one.graph_form for one in found if one.scheme == "float"}
-    assert forms == set(target.capabilities.graph_forms)
-
-
-def test_placements_of_one_function_are_tried_once() -> None:
-    target = runtimes()["onnx"]
-    found = candidates(target.capabilities, exports_of("onnx", "w8a8-dynamic"), "quick")
-    assert [one.placement for one in found if one.scheme != "float"] == ["pointwise"]
-
-
-@pytest.mark.parametrize("placement", ["pointwise", "all"])
-@pytest.mark.parametrize("effort", ["quick", "full"])
-def test_a_placement_that_is_asked_for_stays(placement: str, effort: Effort) -> None:
-    wanted = exports_of("openvino", placement=placement)
-    found = candidates(runtimes()["openvino"].capabilities, wanted, effort, asked=True)
-    assert {one.placement for one in found if one.scheme != "float"} == {placement}
-
-
-def test_float16_is_tried_where_the_cpu_computes_in_it_and_there_is_time() -> None:
-    can = runtimes()["openvino"].capabilities
-    halves = [
-        {one.graph_form for one in found if one.scheme == "float16"}
-        for found in (
-            candidates(can, exports_of("openvino"), "full", flags=["avx2", "avx512_fp16"]),
-            candidates(can, exports_of("openvino"), "quick", flags=["avx2", "avx512_fp16"]),
-            candidates(can, exports_of("openvino"), "full", flags=["avx2"]),
-            candidates(can, exports_of("openvino", "float"), "full", flags=["avx512_fp16"]),
-        )
-    ]
-    assert halves == [set(can.graph_forms), set(), set(), set()]
 
 
 # --- who stays ------------------------------------------------------------------------------------
@@ -235,16 +187,80 @@ def test_counts_need_one_heat_and_rank_as_times_do() -> None:
     assert best.instruction_ratio_ends == (30 / 90, 30 / 90)
 
 
-def test_half_of_each_kind_stays_and_at_least_one() -> None:
-    heat = [
-        Candidate(
-            scheme="float" if i < 2 else "w8a8", placement=str(i), graph_form="f",
-            outcome="measured", cpu_p50_ms=ms, wall_p50_ms=-ms,
-        )
-        for i, ms in enumerate([9.0, 8.0, 1.0, 2.0, 3.0])
-    ]  # fmt: skip
-    assert [one.placement for one in faster_half(heat, "cpu")] == ["1", "2"]
-    assert [one.placement for one in faster_half(heat, "wall")] == ["0", "4"]
+# --- stage by stage -------------------------------------------------------------------------------
+
+STAGED = Architecture(depths=(1, 1, 1), dims=(8, 8, 8), classes=2)
+
+
+class Staged(Stopwatch):
+    """Its times follow from the stages in float, which stand in the paths."""
+
+    def __init__(self, saved: Mapping[int, float]) -> None:
+        super().__init__({})
+        self.saved = saved
+
+    def measure(
+        self, jobs: Sequence[Job], image: Any, *, rounds: int, per_round: int, **rest: Any
+    ) -> list[Samples]:
+        for job in jobs:
+            word = str(job.path)
+            stages = [int(one) for one in word if one.isdecimal()]
+            takes = 5.0 if word == "float" else 4.0 - sum(self.saved[one] for one in stages)
+            self.times = {**self.times, word: takes}
+        return super().measure(jobs, image, rounds=rounds, per_round=per_round, **rest)
+
+
+def by_stage(
+    saved: Mapping[int, float], make: Callable[[Export], Path | Candidate] | None = None
+) -> tuple[dict[Export, Candidate], Export, Staged]:
+    """Return what is found, and the placement that all layers are in integers in."""
+    device = Staged(saved)
+    plain, best = (replace(one, placement="p") for one in exports(2, 1))
+    paths = {plain: Path("float"), best: Path("all")}
+    found: dict[Export, Candidate] = {}
+    chooser = tuner(device, effort="full")
+    chooser.given = replace(chooser.given, architecture=STAGED)
+    chooser._heats(paths, found, silent)
+
+    def path(one: Export) -> Path | Candidate:
+        return Path("".join(map(str, one.float_stages)))
+
+    chooser._by_stage(paths, found, make or path, silent)
+    return found, best, device
+
+
+def test_the_stages_that_pay_are_float_together() -> None:
+    found, best, device = by_stage({0: 0.5, 1: -0.5, 2: 0.25})
+    one = list(found.values())[in_order(list(found.values()), "cpu")[0]]
+    assert (one.float_stages, one.cpu_p50_ms) == ((0, 2), 3.25)
+    assert one.cpu_ratio == pytest.approx(3.25 / 5)
+    assert device.heats[-1] == ["float", "all", "02"]
+    assert found[replace(best, float_stages=(1,))].cpu_p50_ms == 4.5
+
+
+@pytest.mark.parametrize("saved", [0.0, -1.0])
+def test_where_no_stage_pays_all_stay(saved: float) -> None:
+    found, best, device = by_stage(dict.fromkeys(range(3), saved))
+    ranked = list(found.values())
+    assert ranked[in_order(ranked, "cpu")[0]] == found[best]
+    assert device.heats[-1] == ["float", "all", "0", "1", "2"]
+
+
+def test_where_every_stage_pays_float_itself_is_faster_and_is_there_already() -> None:
+    found, _, _ = by_stage(dict.fromkeys(range(3), 1.0))
+    assert max(len(one.float_stages) for one in found.values()) == 1
+
+
+def test_a_stage_that_cannot_be_exported_is_left_out() -> None:
+    def make(one: Export) -> Path | Candidate:
+        if one.float_stages == (0,):
+            return failed(one, ValueError("drift"))
+        return Path("".join(map(str, one.float_stages)))
+
+    found, best, _ = by_stage({0: 1.0, 1: 0.5, 2: -1.0}, make)
+    assert found[replace(best, float_stages=(0,))].outcome == "failed"
+    ranked = list(found.values())
+    assert ranked[in_order(ranked, "cpu")[0]].float_stages == (1,)
 
 
 # --- what is taken --------------------------------------------------------------------------------

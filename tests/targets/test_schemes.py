@@ -212,6 +212,28 @@ def test_a_weight_that_float16_does_not_hold_is_refused() -> None:
         build_graph(record, arrays, target.capabilities, export_of(target, "float16"))
 
 
+# --- stages in float ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("placement", ["pointwise", "all"])
+@pytest.mark.parametrize("name", sorted(runtimes()))
+def test_the_blocks_of_a_stage_stay_float_where_that_is_asked(
+    name: str, placement: str, tmp_path: Path
+) -> None:
+    target, whole = runtimes()[name], graph_of(name, "w8a8", placement)
+    export = replace(whole.export, float_stages=(1,))
+    graph = build_graph(*made("w8a8"), target.capabilities, export)
+    for op, before in zip(graph.weighted, whole.weighted, strict=True):
+        left = op.name.startswith("stages.1.blocks.")
+        assert (op.integers is None) == (before.integers is None or left)
+    assert graph.integer_layers < whole.integer_layers
+    path = written(graph, tmp_path)
+    proof = target.prove(path, graph)
+    assert proof.integer_layers == proof.expected_integer_layers
+    logits, expected = logits_of(path, graph), evaluate(graph, images())
+    assert np.abs(logits - expected).max() < BOUNDS["w8a8"] * np.abs(expected).max()
+
+
 # --- integers -------------------------------------------------------------------------------------
 
 

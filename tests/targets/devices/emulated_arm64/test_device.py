@@ -14,6 +14,7 @@ from pipeline import store
 from pipeline.errors import DeviceError, UsageError
 from pipeline.worker import silent
 from targets.base import DeviceInfo, Job, NotRun, device, devices, runtime
+from targets.devices import _exchange as exchange
 from targets.devices.emulated_arm64 import device as emulated
 from targets.devices.emulated_arm64 import guest, plugin, sysroot
 from targets.devices.emulated_arm64.profiles import Profile
@@ -158,7 +159,7 @@ def test_a_count_takes_an_inference_per_round_and_three_at_most(
 ) -> None:
     asked: list[int] = []
 
-    original = emulated.timing
+    original = exchange.timing
 
     def timing(*arguments: Any, per_round: int, **more: Any) -> Any:
         asked.append(per_round)
