@@ -108,6 +108,7 @@ def latencies(
             load_ms=item.load_ms,
             first_ms=item.first_ms,
             peak_memory_bytes=item.peak_memory_bytes,
+            energy_mj=item.energy_mj,
             harness_wall_p50_ms=percentile(harness.wall_ms, 50),
             harness_cpu_p50_ms=percentile(harness.cpu_ms, 50),
             versions=dict(item.versions),

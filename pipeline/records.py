@@ -576,7 +576,8 @@ class Latency:
 
     Ratios are of medians, this artifact over the float artifact of its runtime in the same run;
     `harness` is the null session's time, which each of the others contains. `load` includes the
-    import of the runtime's packages. Where instructions were counted, `instructions` is the median
+    import of the runtime's packages. `energy_mj` is what all CPU packages took per inference, idle
+    included, where counters tell it. Where instructions were counted, `instructions` is the median
     per inference, `instruction_spread` (largest - least) / median, and `instruction_kinds` and
     `instructions_by_symbol` say which: counts are never turned into times.
     """
@@ -598,6 +599,7 @@ class Latency:
     load_ms: float | None = None
     first_ms: float | None = None
     peak_memory_bytes: int | None = None
+    energy_mj: float | None = None
     harness_wall_p50_ms: float | None = None
     harness_cpu_p50_ms: float | None = None
     wall_ratio: float | None = None

@@ -298,6 +298,7 @@ def _environment(*, markdown: bool = False) -> jinja2.Environment:
         "pp": _points,
         "db": lambda value: _number(value, 1, 1, " dB"),
         "mb": lambda value: _number(value, 1e-6, 1, " MB"),
+        "mj": lambda value: _number(value, 1, 1, " mJ"),
         "times": lambda value: _number(value, 1, 2, "×"),
         "exponent": lambda value: _DASH if value is None else f"{value:.0e}",
         "plain": lambda value: _DASH if value is None else f"{value:.6g}",

@@ -189,6 +189,8 @@ class Samples:
         instructions: Guest instructions per inference; empty where none were counted.
         instruction_kinds: Of those, per inference: `dot_product` and `i8mm`.
         symbols: Of those, per inference, by kernel symbol, or by library where it keeps none.
+        energy_mj: Per inference, of the whole CPU package, idle included; None where no counter
+            tells.
         before: How the device stood before the first sample of the run.
         after: How it stood after the last one.
     """
@@ -203,6 +205,7 @@ class Samples:
     instructions: tuple[int, ...] = ()
     instruction_kinds: dict[str, int] = field(default_factory=dict)
     symbols: dict[str, int] = field(default_factory=dict)
+    energy_mj: float | None = None
     before: DeviceState | None = None
     after: DeviceState | None = None
 

@@ -63,6 +63,7 @@ class Timed(BaseModel):
     peak_memory_bytes: Annotated[int, Field(gt=0)] | None
     versions: dict[str, str]
     error: str | None
+    energy_mj: _Ms | None = None
 
 
 class Result(BaseModel):
@@ -198,6 +199,7 @@ def samples(result: Result) -> list[Samples]:
             load_ms=row.load_ms,
             first_ms=row.first_ms,
             peak_memory_bytes=row.peak_memory_bytes,
+            energy_mj=None if row.energy_mj is None else row.energy_mj / len(row.wall_ms),
             versions=row.versions,
             before=result.before,
             after=result.after,

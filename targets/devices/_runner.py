@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 WORKER = "--worker"
-INPUT_NAME, OUTPUT_NAME = "image", "logits"
+INPUT_NAME, OUTPUT_NAME, METADATA_KEY = "image", "logits", "convnext_edge"
+CAPABILITIES = "OPTIMIZATION_CAPABILITIES"
 DISTRIBUTIONS = {
     "numpy": ("numpy",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
@@ -52,6 +53,7 @@ COUNT_FROM, COUNT_TO = -77001, -77002
 """Closing such a file descriptor fails and does nothing, but whoever watches calls sees it."""
 CPU = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 THERMAL = Path("/sys/class/thermal")
+POWERCAP = Path("/sys/class/powercap")
 SECONDS_TO_ASK = 10
 
 
@@ -93,7 +95,7 @@ def measure(task: Answer, folder: Path, say: Say) -> list[Answer]:
     """Time the jobs in turn; one that fails has an `error`, and the others go on."""
     jobs, places = task["jobs"], []
     try:
-        rows = []
+        rows: list[Answer] = []
         for job in jobs:
             place = Elsewhere() if task["processes"] else Here()
             places.append(place)
@@ -107,6 +109,9 @@ def measure(task: Answer, folder: Path, say: Say) -> list[Answer]:
                 answer = place.ask({"time": task["per_round"]})
                 for key in ("wall_ms", "cpu_ms"):
                     taken[key] += answer.pop(key, [])
+                spent = answer.pop("energy_mj", None)
+                if spent is not None:
+                    taken["energy_mj"] = (taken["energy_mj"] or 0) + spent
                 taken.update(answer)
             say(turn + 1, total)
         return rows
@@ -145,7 +150,7 @@ TASKS: dict[str, Callable[[Answer, Path, Say], list[Answer]]] = {
 
 def row(job: Answer) -> Answer:
     """Return what is known of a job before it runs."""
-    empty = dict.fromkeys(("load_ms", "first_ms", "peak_memory_bytes", "error"))
+    empty = dict.fromkeys(("load_ms", "first_ms", "peak_memory_bytes", "energy_mj", "error"))
     return {"label": job["label"], "wall_ms": [], "cpu_ms": [], "versions": {}, **empty}
 
 
@@ -180,7 +185,7 @@ class Here:
 
     def time(self, inferences: int) -> Answer:
         """Take wall and CPU time of every inference."""
-        wall, cpu = [], []
+        wall, cpu, energy = [], [], energy_uj()
         for _ in range(inferences):
             wall_before, cpu_before = time.perf_counter_ns(), time.process_time_ns()
             if self.marks:
@@ -191,7 +196,8 @@ class Here:
                 self.run(self.image)
             cpu.append((time.process_time_ns() - cpu_before) / 1e6)
             wall.append((time.perf_counter_ns() - wall_before) / 1e6)
-        return {"wall_ms": wall, "cpu_ms": cpu, "peak_memory_bytes": peak_memory_bytes()}
+        taken = {"wall_ms": wall, "cpu_ms": cpu, "energy_mj": spent_mj(energy, energy_uj())}
+        return {**taken, "peak_memory_bytes": peak_memory_bytes()}
 
     def end(self) -> None:
         """Do nothing: nothing was started."""
@@ -262,9 +268,21 @@ def load_openvino(path: str, threads: int) -> tuple[Run, str]:
     """Load into OpenVINO's CPU plugin."""
     import openvino
 
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "NUM_STREAMS": 1, "INFERENCE_NUM_THREADS": threads}
-    request = openvino.Core().compile_model(path, "CPU", hints).create_infer_request()
+    core = openvino.Core()
+    model = core.read_model(path)
+    half = scheme(model) == "float16" and "FP16" in core.get_property("CPU", CAPABILITIES)
+    hints = {"INFERENCE_PRECISION_HINT": "f16" if half else "f32", "NUM_STREAMS": 1}
+    hints["INFERENCE_NUM_THREADS"] = threads
+    request = core.compile_model(model, "CPU", hints).create_infer_request()
     return (lambda image: request.infer({INPUT_NAME: image})[OUTPUT_NAME]), "openvino"
+
+
+def scheme(model: Any) -> str:
+    """Return the scheme of an OpenVINO model of this project; empty where it does not say."""
+    if not model.has_rt_info([METADATA_KEY]):
+        return ""
+    said: str = json.loads(model.get_rt_info([METADATA_KEY]).astype(str))["export"]["scheme"]
+    return said
 
 
 def load_tflite(path: str, threads: int) -> tuple[Run, str]:
@@ -363,6 +381,31 @@ def peak_memory_bytes() -> int | None:
     """Return the largest resident size of this process; None where the system does not tell."""
     words = read("/proc/self/status").partition("VmHWM:")[2].split()
     return int(words[0]) * 1024 if words else None
+
+
+def energy_uj() -> dict[str, tuple[int, int]]:
+    """Return what the counter of each CPU package stands at, and where it begins anew.
+
+    Only some devices have them, and mostly root alone may read them.
+
+    Source: Linux, Documentation/power/powercap/powercap.rst.
+    """
+    found = {}
+    for zone in sorted(POWERCAP.glob("*:*")):
+        name = read(zone / "name").strip()
+        words = [read(zone / word).strip() for word in ("energy_uj", "max_energy_range_uj")]
+        # Two drivers may tell of one package; its parts are in it already.
+        if name.startswith("package") and all(word.isdigit() for word in words):
+            found.setdefault(name, (int(words[0]), int(words[1])))
+    return found
+
+
+def spent_mj(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> float | None:
+    """Return the millijoules between two looks at the same counters; None where there are none."""
+    if not before or before.keys() != after.keys():
+        return None
+    # A counter starts again at 0 behind its largest value.
+    return sum((after[name][0] - was) % (most + 1) for name, (was, most) in before.items()) / 1000
 
 
 def mark(descriptor: int) -> None:

@@ -22,6 +22,7 @@ import numpy as np
 from pipeline.store import library_versions
 from pipeline.worker import NOTHING, Worker
 from targets.base import HOST, DeviceInfo, Job, NotRun, Samples, kind_here, run_padded, runtime
+from targets.devices._runner import energy_uj, spent_mj
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -117,12 +118,15 @@ class Local:
             ]
             wall: list[list[float]] = [[] for _ in jobs]
             cpu: list[list[float]] = [[] for _ in jobs]
-            peak = [0 for _ in jobs]
+            peak, energy = [0 for _ in jobs], list[float | None](None for _ in jobs)
             for turn in range(rounds * len(jobs)):
                 index = turn % len(jobs)
                 reply = workers[index].call(f"{__name__}:time_job", inferences=per_round)
                 wall[index] += reply.value["wall_ms"]
                 cpu[index] += reply.value["cpu_ms"]
+                spent = reply.value["energy_mj"]
+                if spent is not None:
+                    energy[index] = (energy[index] or 0.0) + spent
                 peak[index] = reply.peak_memory_bytes
                 progress(turn + 1, rounds * len(jobs))
         return [
@@ -133,9 +137,10 @@ class Local:
                 load_ms=loaded[i]["load_ms"],
                 first_ms=loaded[i]["first_ms"],
                 peak_memory_bytes=peak[i],
+                energy_mj=None if spent is None else spent / len(wall[i]),
                 versions=loaded[i]["versions"],
             )
-            for i, job in enumerate(jobs)
+            for i, (job, spent) in enumerate(zip(jobs, energy, strict=True))
         ]
 
     def infer(
@@ -208,7 +213,7 @@ def load_job(
     return {"load_ms": load_ms, "first_ms": first_ms, "versions": versions}
 
 
-def time_job(inferences: int, progress: Progress) -> dict[str, list[float]]:
+def time_job(inferences: int, progress: Progress) -> dict[str, Any]:
     """Run the loaded job and take the time of every inference.
 
     Args:
@@ -216,17 +221,19 @@ def time_job(inferences: int, progress: Progress) -> dict[str, list[float]]:
         progress: Called once.
 
     Returns:
-        `wall_ms` and `cpu_ms` (all threads of the process), one value per inference.
+        `wall_ms` and `cpu_ms` (all threads of the process), one value per inference; `energy_mj`,
+        of all of them, None where no counter tells.
     """
     session, pixels = _job[0]
-    wall, cpu = [], []
+    wall, cpu, energy = [], [], energy_uj()
     for _ in range(inferences):
         wall_before, cpu_before = time.perf_counter_ns(), time.process_time_ns()
         session(pixels)
         cpu.append((time.process_time_ns() - cpu_before) / 1e6)
         wall.append((time.perf_counter_ns() - wall_before) / 1e6)
+    spent = spent_mj(energy, energy_uj())
     progress(1, 1)
-    return {"wall_ms": wall, "cpu_ms": cpu}
+    return {"wall_ms": wall, "cpu_ms": cpu, "energy_mj": spent}
 
 
 def infer_job(

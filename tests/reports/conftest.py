@@ -88,7 +88,8 @@ def _latency(runtime: str, scheme: Scheme, device: str, times: tuple[float, floa
         float_cpu_p50_ms=base / 1.02 if quantized else None,
         speedup=base / own if quantized else None,
         samples_file=f"samples/{device[:4]}-{runtime}-{scheme}.json", load_ms=212.0, first_ms=88.4,
-        peak_memory_bytes=412_000_000, harness_wall_p50_ms=0.0021, harness_cpu_p50_ms=0.0020,
+        peak_memory_bytes=412_000_000, energy_mj=81.25,
+        harness_wall_p50_ms=0.0021, harness_cpu_p50_ms=0.0020,
         versions={runtime: "1.2.3"},
     )  # fmt: skip
 

@@ -229,6 +229,7 @@ def test_device_page_holds_the_report_s_numbers(full_report: Report, tmp_path: P
     assert "yes, wall is 1.50× CPU" in page
     assert "samples/loca-onnx-w8a8.json" in page
     assert "| 0.0021 | 0.002 |" in page
+    assert "| 212 | 88.4 | 412.0 MB | 81.2 mJ |" in page
 
 
 def test_device_page_tables_are_whole(full_report: Report, tmp_path: Path) -> None:

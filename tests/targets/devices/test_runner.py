@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from targets.base import run_padded, runtimes
+from targets.devices import _runner
 
 RUNNER = Path(__file__).parents[3] / "targets" / "devices" / "_runner.py"
 MEASURE = {
@@ -112,6 +113,49 @@ def test_it_times_each_job_in_turn(
     assert timed["first_ms"] > 0
     assert timed["peak_memory_bytes"] > 10_000_000
     assert (harness["versions"], len(timed["versions"])) == ({}, 1)
+
+
+def counters(folder: Path, **zones: tuple[str, int]) -> None:
+    """Write what /sys/class/powercap has, one zone after another."""
+    for zone, (name, value) in zones.items():
+        place = folder / zone.replace("_", ":")
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "name").write_text(f"{name}\n")
+        (place / "energy_uj").write_text(f"{value}\n")
+        (place / "max_energy_range_uj").write_text("99999\n")
+
+
+def test_energy_is_that_of_every_package_once_and_goes_on_behind_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_runner, "POWERCAP", tmp_path)
+    assert _runner.energy_uj() == {}
+    assert _runner.spent_mj({}, {}) is None
+    counters(
+        tmp_path,
+        rapl_0=("package-0", 99_000),
+        rapl_0_0=("core", 500),
+        rapl_1=("package-1", 10_000),
+        mmio_0=("psys", 7),
+        rapx_0=("package-0", 3),
+    )
+    before = _runner.energy_uj()
+    assert before == {"package-0": (99_000, 99_999), "package-1": (10_000, 99_999)}
+    counters(tmp_path, rapl_0=("package-0", 1_000), rapl_1=("package-1", 12_500))
+    assert _runner.spent_mj(before, _runner.energy_uj()) == pytest.approx(2 + 2.5)
+    (tmp_path / "rapl:1" / "energy_uj").unlink()  # as where it may not be read
+    assert _runner.spent_mj(before, _runner.energy_uj()) is None
+
+
+def test_energy_of_the_turns_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = iter(range(0, 100_000, 1_500))
+    monkeypatch.setattr(_runner, "energy_uj", lambda: {"package-0": (next(looks), 99_999)})
+    np.save(tmp_path / "image.npy", np.zeros((1, 3, 16, 16), np.float32))
+    (tmp_path / "JOBS.json").write_text(
+        json.dumps({**MEASURE, "processes": False, "jobs": [HARNESS]})
+    )
+    found = _runner.perform(tmp_path / "JOBS.json", lambda *_: None)
+    assert found["jobs"][0]["energy_mj"] == pytest.approx(3 * 1.5)
 
 
 def test_marks_are_seen_from_outside_and_the_libraries_are_told(
