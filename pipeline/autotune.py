@@ -37,6 +37,7 @@ from pipeline.candidates import (
     rank,
     ratio_of,
     timed,
+    usable,
 )
 from pipeline.errors import ArtifactError, DeviceError, WorkerError
 from pipeline.records import FLOATING, Candidate, Export, Layout
@@ -267,7 +268,8 @@ class Autotuner:
                     return self._exported(target, model, one, inner)
 
                 raw += self._by_stage(paths, found, make, progress)
-        ranked = sorted(found.values(), key=lambda one: rank(one, self.given.clock))
+        clock = usable(self.given.clock, found.values())
+        ranked = sorted(found.values(), key=lambda one: rank(one, clock))
         (folder / MEASURED).write_bytes(_CANDIDATES.dump_json(tuple(ranked), indent=1))
         (folder / SAMPLES).write_bytes(TypeAdapter(list[list[base.Samples]]).dump_json(raw))
 
@@ -296,7 +298,8 @@ class Autotuner:
             samples = self._turns(left, paths, rounds, progress)
             raw.append(samples)
             found |= self._timed(left, samples, heat=len(raw) - 1)
-            stay = faster_half([found[export] for export in left], self.given.clock)
+            ran = [found[export] for export in left]
+            stay = faster_half(ran, usable(self.given.clock, ran))
             if self.given.counts or len(stay) == len(left):
                 return raw  # counts repeat: another heat would say the same
             left = [export for export in left if found[export] in stay]
@@ -314,7 +317,8 @@ class Autotuner:
 
         The blocks of a stage have one shape, so what pays for one pays for the others.
         """
-        clock, depth = self.given.clock, len(self.given.architecture.depths)
+        depth = len(self.given.architecture.depths)
+        clock = usable(self.given.clock, found.values())
         everything = list(found)
         order = in_order(list(found.values()), clock)
         floats = [one for one in paths if one.scheme == "float" and figures(found[one], clock)[0]]
@@ -385,16 +389,17 @@ class Autotuner:
         self, target: Runtime, model: Path, info: DeviceInfo, found: Sequence[Candidate]
     ) -> Layout:
         floats = [one for one in found if one.scheme == "float" and one.outcome == "measured"]
-        quantized, order = self.exports.recipe.scheme != "float", in_order(found, self.given.clock)
+        clock = usable(self.given.clock, found)
+        quantized, order = self.exports.recipe.scheme != "float", in_order(found, clock)
         if not floats or (quantized and not order):
             # The export itself then says what is wrong with it.
             return self.exports.default_layout(target, "no candidate could be measured")
         kept, seen, why, slower = None, dict[int, Candidate](), "", ""
         for index in order:
             one = found[index]
-            ratio, (low, high) = ratio_of(one, self.given.clock)
+            ratio, (low, high) = ratio_of(one, clock)
             took = f"{ratio:.2f} ({low:.2f} to {high:.2f}) of the best float one's"
-            took += " instructions" if self.given.counts else f" {self.given.clock} time"
+            took += " instructions" if self.given.counts else f" {clock} time"
             if high > 1:
                 slower = slower or f"{placed(one)} in form {one.graph_form} takes {took}"
                 continue
@@ -424,7 +429,7 @@ class Autotuner:
                 for name, version in library_versions(target.capabilities.distributions).items()
                 if version is not None
             },
-            clock=self.given.clock,
+            clock=clock,
             candidates=tuple(seen.get(i, one) for i, one in enumerate(found)),
             scheme=kept.scheme if kept else "float",
             placement=kept.placement if kept and kept.scheme not in FLOATING else None,

@@ -16,7 +16,7 @@ from pipeline.records import ACTIVATION_BITS, FLOATING, Candidate, Export
 from pipeline.statistics import percentile, ratio_interval
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from targets.base import Capabilities, Samples
 
@@ -124,6 +124,13 @@ def _time(one: Candidate, clock: Clock) -> float:
     return np.inf if found is None else found
 
 
+def usable(clock: Clock, found: Iterable[Candidate]) -> Clock:
+    """Return by which clock candidates can be ranked: not every device tells CPU time."""
+    measured = [one for one in found if one.outcome == "measured"]
+    silent = measured and all(one.cpu_p50_ms is None for one in measured)
+    return "wall" if clock == "cpu" and silent else clock
+
+
 def raw(of: Samples, clock: Clock) -> Sequence[float]:
     """Return the samples that a clock ranks by."""
     return {"cpu": of.cpu_ms, "wall": of.wall_ms, "instructions": of.instructions}[clock]
@@ -169,6 +176,8 @@ def timed(
         per_round: Samples of a turn: those hang together.
         heat: Which one it was, from 0.
     """
+    if clock == "cpu" and not any(one.cpu_ms for one in samples):
+        clock = "wall"
     floats = [s for e, s in zip(exports, samples, strict=True) if e.scheme == "float"]
     best = min(floats, key=lambda of: float(np.median(raw(of, clock))), default=None)
     found = {}

@@ -20,6 +20,7 @@ from pipeline import words
 from pipeline.cli_devices import devices_app
 from pipeline.cli_run import (
     INTERRUPTED,
+    TERMINATED,
     RunDir,
     app,
     budget_of,
@@ -33,7 +34,6 @@ from pipeline.errors import EdgeError, OutputError, UsageError
 from pipeline.records import to_json
 
 GATE_EXIT = {"pass": 0, "fail": 3, "inconclusive": 4, "not_run": 4}
-TERMINATED = 143
 PLACE_LENGTH = 200
 
 app.add_typer(devices_app, name="devices")

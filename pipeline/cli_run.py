@@ -14,6 +14,8 @@ from rich.console import Console
 from pipeline import words
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from pipeline.recipe import Budget, Recipe
     from pipeline.records import Place
     from pipeline.run import Finished
@@ -29,7 +31,7 @@ app = typer.Typer(
 out_console = Console()
 err_console = Console(stderr=True)
 
-INTERRUPTED = 130
+INTERRUPTED, TERMINATED = 130, 143
 DEFAULT_OUT = Path("runs/default")
 
 RunDir = Annotated[Path, typer.Argument(help="A folder that `convnext-edge run` wrote.")]
@@ -352,7 +354,8 @@ def verify(
     away = tuple(place for place in places if place.device != stored.device)
     here = len(away) < len(places) or not places
     steps = Steps(bench=False, choose=False, here=here, places=away, images=images)
-    _conclude(_execute(stored, run_dir, steps), run_dir)
+    finished = _execute(stored, run_dir, steps)
+    _conclude(finished, run_dir, finished.unreached(away, "parity"))
 
 
 @app.command()
@@ -376,7 +379,8 @@ def bench(
     settings = load_recipe(None, {**stored.model_dump(exclude_none=True), **changes})
     away = tuple(place for place in places if place != own)
     steps = Steps(verify=False, choose=False, here=not places or own in places, places=away)
-    _conclude(_execute(settings, run_dir, steps), run_dir)
+    finished = _execute(settings, run_dir, steps)
+    _conclude(finished, run_dir, finished.unreached(away, "latency"))
 
 
 @app.command()
@@ -459,6 +463,10 @@ def _execute(settings: Recipe, out: Path, steps: Any) -> Finished:
     except KeyboardInterrupt:
         err_console.print("interrupted: finished stages are kept, the same command resumes")
         raise typer.Exit(INTERRUPTED) from None
+    except SystemExit as error:
+        if error.code == TERMINATED:
+            err_console.print("terminated: finished stages are kept, the same command resumes")
+        raise
 
 
 def new_display() -> Any:
@@ -468,7 +476,7 @@ def new_display() -> Any:
     return Display(err_console)
 
 
-def _conclude(finished: Finished, out: Path) -> None:
+def _conclude(finished: Finished, out: Path, unreached: Sequence[str] = ()) -> None:
     out_console.print(
         f"{len(finished.made)} stages made, {len(finished.reused)} reused", highlight=False
     )
@@ -479,8 +487,9 @@ def _conclude(finished: Finished, out: Path) -> None:
 
     print_results(finished.report, out, out_console)
     print_gate(finished.report.gate)
-    if finished.failures:
-        for reason in finished.failures:
+    failures = (*finished.failures, *unreached)
+    if failures:
+        for reason in failures:
             err_console.print(f"failed: {reason}", soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(1)
 

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 Percent = Annotated[float, Field(ge=0, le=100, strict=True)]
-Ratio = Annotated[float, Field(gt=0)]
-Count = Annotated[float, Field(ge=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Ratio = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
+Count = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 
 _Settings = TypeVar("_Settings", bound="_Strict")
 

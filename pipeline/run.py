@@ -13,7 +13,7 @@ import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -119,6 +119,25 @@ class Finished:
         for row in self.report.artifacts:
             results += [row.accuracy, *row.latency]
         return tuple(str(r.reason) for r in results if r.outcome == "failed")
+
+    def unreached(self, places: Sequence[Place], what: Literal["latency", "parity"]) -> list[str]:
+        """Return why devices gave nothing that was measured, one line for each that did not.
+
+        Args:
+            places: Where something was asked.
+            what: That was: times, or outputs.
+        """
+        if self.report is None:
+            return []
+        rows: list[Latency] | list[Parity] = [*self.report.parity]
+        if what == "latency":
+            rows = [one for row in self.report.artifacts for one in row.latency]
+        found = []
+        for name in dict.fromkeys(place.device for place in places):
+            ours = [row for row in rows if row.device == name]
+            if ours and all(row.outcome == "not_run" for row in ours):
+                found.append(f"{name} measured nothing: {ours[0].reason}")
+        return found
 
 
 def execute(recipe: Recipe, out: Path, steps: Steps, display: Display) -> Finished:

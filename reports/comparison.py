@@ -91,11 +91,32 @@ def compare_runs(before: Path, after: Path, clock: Clock) -> list[Change]:
     found = []
     for row in new.artifacts:
         for one in row.latency:
-            was = known.get((row.runtime, row.scheme, one.device, one.threads))
+            was = known.pop((row.runtime, row.scheme, one.device, one.threads), None)
+            if was is None and one.outcome == "measured":
+                found.append(_lone(row, one, "the earlier run has no such row", clock))
             if was is not None and "measured" in {one.outcome, was[1].outcome}:
                 unlike = _unlike((old, *was), (new, row, one))
                 found.append(_changed((before, was[1]), (after, one), row, unlike, clock))
-    return found
+    lost = (was for was in known.values() if was[1].outcome == "measured")
+    return found + [_lone(*was, "the later run has no such row", clock) for was in lost]
+
+
+def _lone(row: ArtifactRow, one: Latency, why: str, clock: Clock) -> Change:
+    """Return what is said of an artifact and device that one of the runs does not have."""
+    return Change(
+        device=one.device,
+        threads=one.threads,
+        runtime=row.runtime,
+        scheme=row.scheme,
+        unit="instructions" if one.instructions is not None else f"{clock} ms",
+        before=None,
+        after=None,
+        factor=None,
+        ci95=None,
+        p_value=None,
+        verdict="not comparable",
+        why=why,
+    )
 
 
 def _unlike(

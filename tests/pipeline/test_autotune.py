@@ -187,6 +187,24 @@ def test_counts_need_one_heat_and_rank_as_times_do() -> None:
     assert best.instruction_ratio_ends == (30 / 90, 30 / 90)
 
 
+def test_a_device_that_tells_no_cpu_time_is_ranked_by_wall_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Phone(Stopwatch):
+        def measure(self, jobs: Sequence[Job], image: Any, **how: Any) -> list[Samples]:
+            return [replace(one, cpu_ms=()) for one in super().measure(jobs, image, **how)]
+
+    wanted = exports(5, 2)
+    times = dict(zip("01234", [9.0, 8.0, 3.0, 1.0, 2.0], strict=True))
+    found: dict[Export, Candidate] = {}
+    tuner(Phone(times))._heats({one: Path(one.placement) for one in wanted}, found, silent)
+    ranked = list(found.values())
+    assert ranked[in_order(ranked, "wall")[0]].placement == "3"
+    assert found[wanted[3]].wall_ratio == pytest.approx(1 / 8)
+    layout = taken([replace(one, placement="pointwise") for one in ranked], monkeypatch)
+    assert (layout.clock, layout.scheme) == ("wall", "w8a8")
+
+
 # --- stage by stage -------------------------------------------------------------------------------
 
 STAGED = Architecture(depths=(1, 1, 1), dims=(8, 8, 8), classes=2)

@@ -158,6 +158,8 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bits(
         process.send_signal(signal.SIGINT if how == "interrupted" else signal.SIGTERM)
     _, errors = process.communicate(timeout=90)
     assert process.returncode == {"killed": -9, "interrupted": 130, "terminated": 143}[how]
+    if how != "killed":
+        assert f"{how}: finished stages are kept, the same command resumes" in errors
     assert "Traceback" not in errors
     (checkpoint,) = (out / TRAINING).rglob(CHECKPOINT)
     behind = torch.load(checkpoint, weights_only=True)["step"]

@@ -110,6 +110,16 @@ def test_test_interval_and_factor_must_all_say_so(
     assert comparison._tested(factor, ci95, p_value)[0] == verdict
 
 
+def test_what_only_one_of_them_has_is_said(tmp_path: Path) -> None:
+    before = run_folder(tmp_path / "a", samples("w8a8", 4.0))
+    after = run_folder(tmp_path / "b", samples("float", 8.0))
+    found = compare_runs(before, after, "wall")
+    assert [(one.scheme, one.verdict, one.why) for one in found] == [
+        ("float", "not comparable", "the earlier run has no such row"),
+        ("w8a8", "not comparable", "the later run has no such row"),
+    ]
+
+
 def test_another_cpu_is_not_comparable(tmp_path: Path) -> None:
     before = run_folder(tmp_path / "a", samples("w8a8", 4.0))
     after = run_folder(tmp_path / "b", samples("w8a8", 8.0), cpu="another")
