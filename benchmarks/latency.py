@@ -225,17 +225,18 @@ def held_to(name: str, runtimes: Sequence[str]) -> tuple[base.DeviceInfo, Isa]:
     """
     device = base.device(name)
     info = device.probe()
-    allowed, do = "local, cpu:avx2, cpu:avx512-vnni, ...", "Correct --device"
+    allowed = "local, cpu:avx2, cpu:avx512-vnni, ..."
+    do = "Correct --device or --runtimes"
     if not isinstance(device, Local) or isinstance(info, base.NotRun):
         why = f" ({info.reason})" if isinstance(info, base.NotRun) else ""
         raise UsageError(f"{name} is no CPU of this machine{why}", allowed=allowed, do=do)
     for one in runtimes:
         cannot = device.can_run(base.runtime(one))
         if cannot is not None:
-            raise UsageError(cannot.reason, allowed="--runtimes openvino", do="Correct --runtimes")
+            raise UsageError(cannot.reason, allowed="another runtime or device", do=do)
     isa = isa_of(info.isa)
     if isa is None:
-        raise UsageError(f"{name} says of no instruction set", allowed=allowed, do=do)
+        raise UsageError(f"{name} names no instruction set", allowed=allowed, do=do)
     wanted = device.environment()
     if any(os.environ.get(key) != value for key, value in wanted.items()):
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **wanted})  # noqa: S606 - itself

@@ -175,11 +175,6 @@ class Autotuner:
         made_for, has = self.exports.isa(target), isa_of(info.isa)
         if made_for != has:
             return f"its artifacts are for {made_for}, and {info.name} has {has or 'none it names'}"
-        if self.given.macs * self.given.image_shape[0] > self.given.most_macs:
-            return (
-                "so large a network takes minutes there; to wait for it run "
-                f"`convnext-edge tune RUN_DIR --device {info.name}`"
-            )
         return None
 
     def _stand_in(self, target: Runtime) -> Conditions | None:
@@ -202,8 +197,7 @@ class Autotuner:
         if len(wanted) == 1:
             return self.exports.default_layout(target, "there is nothing to choose from")
         stage = self._stage(target, info, wanted)
-        if not self.given.asked and not self.stages.is_done(stage):
-            why = "not measured: run `convnext-edge tune RUN_DIR`"
+        if not self.stages.is_done(stage) and (why := self._not_now(info)) is not None:
             return self.exports.default_layout(target, why)
 
         def make(folder: Path, progress: Progress) -> None:
@@ -215,6 +209,17 @@ class Autotuner:
             return self.exports.default_layout(target, f"measuring failed: {error}")
         found = _CANDIDATES.validate_json((folder / MEASURED).read_bytes())
         return self._chosen(target, model, info, found)
+
+    def _not_now(self, info: DeviceInfo) -> str | None:
+        """Say why what is missing is not measured."""
+        if not self.given.asked:
+            return "not measured: run `convnext-edge tune RUN_DIR`"
+        if self.given.macs * self.given.image_shape[0] > self.given.most_macs:
+            return (
+                f"so large a network takes minutes on {info.name}: "
+                "`convnext-edge tune RUN_DIR --effort full` waits for it"
+            )
+        return None
 
     def _stage(self, target: Runtime, info: DeviceInfo, wanted: Sequence[Export]) -> Stage:
         return Stage(
@@ -348,7 +353,10 @@ class Autotuner:
             for stage in one.float_stages
             if is_faster(item, samples[1], clock, self.given.per_round)
         )
-        mixed = added(*pays) if 0 < len(pays) < depth else None
+        if not 0 < len(pays) < depth:
+            return [samples]
+        alone = replace(best, float_stages=pays)
+        mixed = alone if alone in paths else added(*pays)
         if mixed is None:
             return [samples]
         final = [plain, best, mixed]
@@ -389,9 +397,9 @@ class Autotuner:
         self, target: Runtime, model: Path, info: DeviceInfo, found: Sequence[Candidate]
     ) -> Layout:
         floats = [one for one in found if one.scheme == "float" and one.outcome == "measured"]
-        clock = usable(self.given.clock, found)
-        quantized, order = self.exports.recipe.scheme != "float", in_order(found, clock)
-        if not floats or (quantized and not order):
+        clock, asked = usable(self.given.clock, found), self.exports.recipe.scheme
+        order = in_order(found, clock)
+        if not floats or (asked != "float" and not order):
             # The export itself then says what is wrong with it.
             return self.exports.default_layout(target, "no candidate could be measured")
         kept, seen, why, slower = None, dict[int, Candidate](), "", ""
@@ -400,7 +408,7 @@ class Autotuner:
             ratio, (low, high) = ratio_of(one, clock)
             took = f"{ratio:.2f} ({low:.2f} to {high:.2f}) of the best float one's"
             took += " instructions" if self.given.counts else f" {clock} time"
-            if high > 1:
+            if high > 1 and asked not in FLOATING:
                 slower = slower or f"{placed(one)} in form {one.graph_form} takes {took}"
                 continue
             kept, why = one, took
@@ -421,6 +429,7 @@ class Autotuner:
             source="measured",
             reason=why,
             isa=self.exports.isa(target),
+            asked=asked,
             device=info.name,
             threads=self.given.threads,
             input_size=self.given.image_shape[-1],

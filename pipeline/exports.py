@@ -104,6 +104,7 @@ class Exports:
             source="default",
             reason=reason,
             isa=self.isa(target),
+            asked=scheme,
             scheme=scheme,
             placement=placement_of(target, self.recipe.placement) if quantized else None,
             graph_form=can.graph_forms[0],

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import ArtifactError
-from pipeline.records import FLOATING, Layout
+from pipeline.records import Layout
 from targets import base
 
 if TYPE_CHECKING:
@@ -76,5 +76,5 @@ def _has(can: base.Capabilities, layout: Layout) -> bool:
 
 def _fits(layout: Layout, default: Layout, recipe: Recipe) -> bool:
     """Return whether a layout is of the artifacts that a recipe asks for."""
-    asked = recipe.placement is None or layout.placement in {None, default.placement}
-    return asked and layout.isa == default.isa and layout.scheme in {*FLOATING, recipe.scheme}
+    placed = recipe.placement is None or layout.placement in {None, default.placement}
+    return placed and layout.isa == default.isa and layout.asked == recipe.scheme

@@ -396,7 +396,11 @@ class Timing:
             for one in group:
                 stage = Stage(
                     name=f"breakdown-{file_stem(info.name)}-{one.name}",
-                    modules=("targets.breakdown", type(target).__module__),
+                    modules=(
+                        "targets.breakdown",
+                        type(device).__module__,
+                        type(target).__module__,
+                    ),
                     inputs=one.files,
                     settings={"device": asdict(info), "image_shape": self.image_shape},
                     libraries=target.capabilities.distributions,

@@ -164,4 +164,4 @@ class Comparison:
 
 
 def _in_float(wanted: Export) -> Export:
-    return replace(wanted, scheme="float", placement=NONE, profile=None)
+    return replace(wanted, scheme="float", placement=NONE, profile=None, float_stages=())

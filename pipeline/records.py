@@ -931,6 +931,7 @@ class Layout:
         versions: Of the runtime's packages: a choice holds for these.
         clock: By which time, or count, candidates were ranked.
         candidates: All that were measured, those that stayed longest first.
+        asked: The scheme that the recipe asked for.
         scheme: Of the artifact that is shipped: `float` where integers are not shown to be faster.
         placement: Of the quantized artifact; None where there is none.
         float_stages: Stages, counted from 0, whose blocks it leaves in float.
@@ -948,6 +949,7 @@ class Layout:
     versions: dict[str, str] | None = None
     clock: Literal["cpu", "wall", "instructions"] | None = None
     candidates: tuple[Candidate, ...] = ()
+    asked: Scheme | None = None
     scheme: Scheme
     placement: str | None
     float_stages: tuple[int, ...] = ()

@@ -41,11 +41,11 @@ def total_ms(found: Breakdown) -> float:
 
 def sentences(found: Breakdown) -> tuple[str, ...]:
     """Say how much the pointwise layers take, alone and within, and what the machine allows."""
-    name = f"{found.runtime} {found.scheme}"
+    name = f"{name_of(found)} on {found.device}"
     if found.outcome != "measured" or not found.ms:
         return (f"{name}: {found.outcome.replace('_', ' ')}: {found.reason}",)
     total = total_ms(found)
-    said = [f"{name} on {found.device}: {total:.3g} ms ({found.method})."]
+    said = [f"{name}: {total:.3g} ms ({found.method})."]
     if found.floor_ms:
         said.append(
             f"Its pointwise layers alone take {found.floor_ms:.3g} ms in this runtime: the whole is"
@@ -69,6 +69,11 @@ def rows(found: Breakdown) -> tuple[tuple[OpKind, float, float, int], ...]:
     return tuple(sorted(made, key=lambda row: -row[1]))
 
 
+def name_of(one: Breakdown) -> str:
+    """Name the artifact of a breakdown."""
+    return f"{one.runtime} {one.scheme}"
+
+
 def draw(found: Sequence[Breakdown]) -> str | None:
     """Draw a stacked bar per artifact; the tick is what its pointwise layers take alone.
 
@@ -78,7 +83,7 @@ def draw(found: Sequence[Breakdown]) -> str | None:
     measured = [one for one in found if one.ms]
     if not measured:
         return None
-    longest = max(map(total_ms, measured))
+    longest, devices = max(map(total_ms, measured)), {one.device for one in measured}
     with drawing():
         legend = LEGEND_STEP * -(-len(KINDS) // LEGEND_COLUMNS)
         figure = new_figure(STEP * len(measured) + legend + 6, WIDE)
@@ -86,7 +91,9 @@ def draw(found: Sequence[Breakdown]) -> str | None:
         scale = (WIDE - LABEL - ROOM) / longest
         for index, one in enumerate(measured):
             top, left = index * STEP, LABEL
-            write(axes, 0, top + 15, f"{one.runtime} {one.scheme}", size=TEXT)
+            write(axes, 0, top + (15 if len(devices) == 1 else 10), name_of(one), size=TEXT)
+            if len(devices) > 1:
+                write(axes, 0, top + 22, one.device, size=SMALL)
             for kind in KINDS:
                 width = (one.ms or {}).get(kind, 0.0) * scale
                 face = LINE if kind == "other" else slot_colour(KINDS.index(kind))

@@ -20,7 +20,7 @@ from pipeline.statistics import (
 )
 from reports import device_checks
 from reports.document import Check, CheckOutcome, Gate, Report
-from reports.layouts import ships_float
+from reports.layouts import ships_float, without_integers
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -89,7 +89,8 @@ def _word(checks: Sequence[Check]) -> CheckOutcome:
     return next((outcome for outcome in ranked if outcome in outcomes), "not_run")
 
 
-def _quantized(report: Report) -> list[ArtifactRow]:
+def _judged(report: Report) -> list[ArtifactRow]:
+    """Return the artifacts that are held against the float ones."""
     return [row for row in report.artifacts if row.scheme != "float"]
 
 
@@ -113,7 +114,7 @@ def _how(report: Report, runtime: str) -> str:
 
 def _missing(report: Report, budget: Budget, runtime: str) -> Iterator[str]:
     """Say what the budget needs of a required runtime and the report does not have."""
-    rows = [row for row in _quantized(report) if row.runtime == runtime]
+    rows = [row for row in _judged(report) if row.runtime == runtime]
     if not rows and runtime in _float_shipped(report):
         # Integers were measured and are not faster: what is shipped is judged.
         rows = [row for row in report.artifacts if row.runtime == runtime]
@@ -149,7 +150,7 @@ def _answered(
 
 def _drops(report: Report, limit: float) -> Iterator[Check]:
     yield from _of_float(report, "drop", 0.0, limit)
-    for row in _quantized(report):
+    for row in _judged(report):
         name, result = f"{row.runtime} {row.scheme} drop", row.accuracy
         if result.lost is None or result.gained is None or result.n is None:
             yield _unmeasured(name, limit, result)
@@ -161,14 +162,14 @@ def _drops(report: Report, limit: float) -> Iterator[Check]:
 def _sizes(report: Report, limit: float) -> Iterator[Check]:
     floats = {row.runtime: row for row in report.artifacts if row.scheme == "float"}
     yield from _of_float(report, "size", 1.0, limit)
-    for row in _quantized(report):
+    for row in _judged(report):
         name = f"{row.runtime} {row.scheme} size"
         yield _size(name, row, floats.get(row.runtime), limit, "float")
 
 
 def _latencies(report: Report, clock: str, limit: float) -> Iterator[Check]:
     yield from _of_float(report, "latency", 1.0, limit)
-    for row in _quantized(report):
+    for row in _judged(report):
         for latency in _times(row):
             name = f"{row.runtime} {row.scheme} latency on {latency.device}"
             yield _latency(name, latency, limit, clock)
@@ -177,7 +178,7 @@ def _latencies(report: Report, clock: str, limit: float) -> Iterator[Check]:
 def _faster(report: Report, clock: str, limit: float) -> Iterator[Check]:
     """Ask whether what is shipped in integers is faster than float: nothing slower is."""
     yield from _of_float(report, "is no slower than float", 1.0, limit)
-    for row in _quantized(report):
+    for row in _judged(report):
         for latency in _times(row):
             name = f"{row.runtime} {row.scheme} is no slower than float on {latency.device}"
             yield _latency(name, latency, limit, clock)
@@ -216,7 +217,7 @@ def _counts(
 ) -> Iterator[Check]:
     what, floats = key.removeprefix("max_").replace("_", " "), _float_shipped(report)
     shipped = (row for row in report.artifacts if row.scheme == "float" and row.runtime in floats)
-    for row in (*_quantized(report), *shipped):
+    for row in (*_judged(report), *shipped):
         name = f"{row.runtime} {row.scheme} {what}"
         if row.proof is None:
             yield _not_run(name, limit, "the report has no proof of it")
@@ -283,9 +284,11 @@ def _agreements(report: Report, budget: Budget) -> Iterator[Check]:
     if limits == (None, None):
         return
     rows = [row for row in report.agreement if row.scheme != "float"]
-    floats = _float_shipped(report)
+    floats = [
+        f"{one.runtime} ships {one.scheme}" for one in report.layouts if without_integers(one)
+    ]
     if not rows and floats:
-        yield _not_run("agreement", None, f"{', '.join(floats)} ship float")
+        yield _not_run("agreement", None, " and ".join(floats))
     elif not rows:
         yield _open("agreement", None, "asked, and no two quantized artifacts were run")
     for row in rows:
@@ -345,10 +348,10 @@ def _against_baseline(
         return
     before = {(row.runtime, row.scheme): row for row in baseline.artifacts}
     for runtime, why in _float_shipped(report).items():
-        if any(row.runtime == runtime for row in _quantized(baseline)):
+        if any(row.runtime == runtime for row in _judged(baseline)):
             label = f"{runtime} against baseline"
             yield _open(label, None, f"{why}; the baseline has integers: accept a new one")
-    for row in _quantized(report):
+    for row in _judged(report):
         label = f"{row.runtime} {row.scheme} against baseline"
         base = before.get((row.runtime, row.scheme))
         if base is None:

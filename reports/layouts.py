@@ -35,6 +35,11 @@ def placed(of: Export | Candidate | ArtifactRow | Layout) -> str:
 
 
 def ships_float(layout: Layout) -> bool:
-    """Return whether integers were measured and float is shipped instead."""
+    """Return whether integers were measured and float alone is shipped."""
+    return layout.scheme == "float" and without_integers(layout)
+
+
+def without_integers(layout: Layout) -> bool:
+    """Return whether integers were measured and float or float16 is shipped instead."""
     measured = (one for one in layout.candidates if one.outcome == "measured")
-    return layout.scheme == "float" and any(one.scheme not in FLOATING for one in measured)
+    return layout.scheme in FLOATING and any(one.scheme not in FLOATING for one in measured)

@@ -88,15 +88,15 @@ def by_kind(found: Sequence[OpTime]) -> dict[str, Any]:
 
 
 def _floor(target: Runtime, path: Path, model: Path, folder: Path) -> dict[str, float]:
-    stated = json.loads(target.read_metadata(path))["export"]
-    export = TypeAdapter(Export).validate_python(stated)
+    metadata = target.read_metadata(path)
+    export = TypeAdapter(Export).validate_python(json.loads(metadata)["export"])
     record, arrays = quantize.read(model)
     graph = build_graph(record, arrays, target.capabilities, export)
     batch = 1 if export.batch == "dynamic" else export.batch
     total, rates = 0.0, list[float]()
     for index, alone in enumerate(pointwise_alone(graph)):
         artifact = folder / f"{index}{target.capabilities.suffix}"
-        target.export(alone, artifact, "{}")
+        target.export(alone, artifact, metadata)
         image = np.zeros((batch, *alone.ops[0].shape), np.float32)
         found = target.op_times(artifact, image, threads=1, inferences=INFERENCES)
         told = [] if isinstance(found, NotRun) else found
@@ -106,7 +106,10 @@ def _floor(target: Runtime, path: Path, model: Path, folder: Path) -> dict[str, 
         total += ms
         rates.append(batch * sum(map(macs_of, alone.weighted)) / ms * 1000)
     copied, macs = bandwidth(), batch * sum(map(macs_of, graph.weighted))
-    stored = sum(op.weight.size * (4 if op.integers is None else 1) for op in graph.weighted)
+    of_floats = 2 if export.scheme == "float16" else 4
+    stored = sum(
+        op.weight.size * (of_floats if op.integers is None else 1) for op in graph.weighted
+    )
     return {
         "floor_ms": total,
         "macs_per_second": max(rates),

@@ -63,7 +63,7 @@ class Timed(BaseModel):
     peak_memory_bytes: Annotated[int, Field(gt=0)] | None
     versions: dict[str, str]
     error: str | None
-    energy_mj: _Ms | None = None
+    energy_mj: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
 class Result(BaseModel):

@@ -96,6 +96,7 @@ def measure(task: Answer, folder: Path, say: Say) -> list[Answer]:
     jobs, places = task["jobs"], []
     try:
         rows: list[Answer] = []
+        spent: dict[str, list[float | None]] = {}
         for job in jobs:
             place = Elsewhere() if task["processes"] else Here()
             places.append(place)
@@ -109,11 +110,12 @@ def measure(task: Answer, folder: Path, say: Say) -> list[Answer]:
                 answer = place.ask({"time": task["per_round"]})
                 for key in ("wall_ms", "cpu_ms"):
                     taken[key] += answer.pop(key, [])
-                spent = answer.pop("energy_mj", None)
-                if spent is not None:
-                    taken["energy_mj"] = (taken["energy_mj"] or 0) + spent
+                spent.setdefault(taken["label"], []).append(answer.pop("energy_mj", None))
                 taken.update(answer)
             say(turn + 1, total)
+        for taken in rows:
+            turns = spent.get(taken["label"], [None])
+            taken["energy_mj"] = None if None in turns else sum(turns)
         return rows
     finally:
         for place in places:
@@ -281,8 +283,8 @@ def scheme(model: Any) -> str:
     """Return the scheme of an OpenVINO model of this project; empty where it does not say."""
     if not model.has_rt_info([METADATA_KEY]):
         return ""
-    said: str = json.loads(model.get_rt_info([METADATA_KEY]).astype(str))["export"]["scheme"]
-    return said
+    stated = json.loads(model.get_rt_info([METADATA_KEY]).astype(str))
+    return str(stated.get("export", {}).get("scheme", ""))
 
 
 def load_tflite(path: str, threads: int) -> tuple[Run, str]:

@@ -118,15 +118,13 @@ class Local:
             ]
             wall: list[list[float]] = [[] for _ in jobs]
             cpu: list[list[float]] = [[] for _ in jobs]
-            peak, energy = [0 for _ in jobs], list[float | None](None for _ in jobs)
+            peak, energy = [0 for _ in jobs], [list[float | None]() for _ in jobs]
             for turn in range(rounds * len(jobs)):
                 index = turn % len(jobs)
                 reply = workers[index].call(f"{__name__}:time_job", inferences=per_round)
                 wall[index] += reply.value["wall_ms"]
                 cpu[index] += reply.value["cpu_ms"]
-                spent = reply.value["energy_mj"]
-                if spent is not None:
-                    energy[index] = (energy[index] or 0.0) + spent
+                energy[index].append(reply.value["energy_mj"])
                 peak[index] = reply.peak_memory_bytes
                 progress(turn + 1, rounds * len(jobs))
         return [
@@ -137,7 +135,7 @@ class Local:
                 load_ms=loaded[i]["load_ms"],
                 first_ms=loaded[i]["first_ms"],
                 peak_memory_bytes=peak[i],
-                energy_mj=None if spent is None else spent / len(wall[i]),
+                energy_mj=None if None in spent else sum(filter(None, spent)) / len(wall[i]),
                 versions=loaded[i]["versions"],
             )
             for i, (job, spent) in enumerate(zip(jobs, energy, strict=True))
@@ -293,7 +291,11 @@ def isa_flags() -> tuple[str, ...]:
     """Return the flags that decide which integer kernels a runtime may use."""
     if sys.platform == "darwin":
         features = _sysctl("machdep.cpu.leaf7_features").lower()
-        found = {"neon", "asimddp"} if platform.machine() == "arm64" else set(features.split())
+        found = (
+            {"neon", "asimdhp", "asimddp"}
+            if platform.machine() == "arm64"
+            else set(features.split())
+        )
         return tuple(flag for flag in ISA_FLAGS if flag in found)
     info = _cpuinfo()
     words = set(f"{info.get('flags', '')} {info.get('Features', '')}".split())

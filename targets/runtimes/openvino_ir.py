@@ -234,8 +234,8 @@ def _compile(path: Path, *, threads: int, **more: object) -> Any:
 
 def _is_half(model: Any) -> bool:
     """Return whether a model of ours is in float16; what others wrote is not asked."""
-    text = _metadata(model)
-    return bool(text) and json.loads(text)["export"]["scheme"] == "float16"
+    stated = json.loads(_metadata(model) or "{}")
+    return bool(stated.get("export", {}).get("scheme") == "float16")
 
 
 class _Emitter:

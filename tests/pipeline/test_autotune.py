@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from pipeline.autotune import Autotuner, Conditions
 from pipeline.candidates import Effort, failed, in_order
-from pipeline.errors import ArtifactError
+from pipeline.errors import ArtifactError, DeviceError
 from pipeline.exports import Exports
 from pipeline.layouts import read_layouts
 from pipeline.recipe import Recipe
@@ -29,6 +29,7 @@ from pipeline.records import (
     Scheme,
     to_json,
 )
+from pipeline.store import Stage
 from pipeline.worker import silent
 from reports.document import read_report
 from reports.layouts import sentence, ships_float
@@ -474,18 +475,39 @@ def test_what_is_for_this_device_is_measured_here(stand_in: Emulated) -> None:
     assert stand_in is not here
 
 
-@pytest.mark.parametrize(
-    ("how", "reason"),
-    [
-        ({"macs": 2 * 10**9}, "run `convnext-edge tune RUN_DIR --device emulated-arm64:phone`"),
-        ({"effort": "off"}, "--tune off"),
-    ],
-)
 @pytest.mark.usefixtures("stand_in")
-def test_nobody_waits_minutes_for_what_nobody_asked(how: dict[str, Any], reason: str) -> None:
-    layout, by = tuned_beside("tflite", Stopwatch({}, FLAGS["avx2"]), **how)
-    assert reason in layout.reason
-    assert not by
+def test_what_is_switched_off_is_off_there_too() -> None:
+    layout, by = tuned_beside("tflite", Stopwatch({}, FLAGS["avx2"]), effort="off")
+    assert (layout.reason, by) == ("--tune off", [])
+
+
+class Shelf:
+    """Stages of which the one that measures is finished, or not."""
+
+    def __init__(self, done: str) -> None:
+        self.done = done == "finished"
+        self.taken: list[str] = []
+
+    def is_done(self, _: Stage) -> bool:
+        return self.done
+
+    def do_here(self, stage: Stage, _: Any) -> Path:
+        self.taken.append(stage.name)
+        raise DeviceError("it is here", allowed="anything", do="Nothing")
+
+
+@pytest.mark.parametrize("shelf", ["finished", "empty"])
+@pytest.mark.usefixtures("stand_in")
+def test_nobody_waits_minutes_for_what_nobody_asked(shelf: str) -> None:
+    stages: Any = Shelf(shelf)
+    given = replace(conditions(Stopwatch({}, FLAGS["avx2"])), macs=2 * 10**9)
+    exports = Exports(Recipe(runtimes=("tflite",)))
+    layout = Autotuner(stages, exports, given, None).run(Path())["tflite"]
+    if shelf == "empty":
+        assert "`convnext-edge tune RUN_DIR --effort full` waits for it" in layout.reason
+    else:
+        # What somebody did wait for is taken.
+        assert stages.taken == ["tune-emulated-arm64-phone-tflite"]
 
 
 @pytest.mark.usefixtures("stand_in")

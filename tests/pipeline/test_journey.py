@@ -44,6 +44,26 @@ def test_a_fixed_batch_is_verified_image_by_image(home: Path) -> None:
     assert {accuracy.agreement_with_float for accuracy in floats} == {1.0}
 
 
+def test_float16_goes_all_the_way_and_stays_when_measured_again(tmp_path: Path) -> None:
+    words = ("--scheme", "float16", "--runtimes", "openvino", "--calibration-images", "16")
+    (tmp_path / "gate.toml").write_text(
+        'require = ["openvino"]\nmax_drop_pp = 50\nmax_size_ratio = 0.6\n'
+    )
+    more = ("--eval-images", "40", "--tune", "quick", "--budget", "gate.toml", "--out", "run")
+    done = cli("run", *words, *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = read_report(tmp_path / "run")
+    assert [row.scheme for row in report.artifacts] == ["float", "float16"]
+    (layout,) = report.layouts
+    assert (layout.asked, layout.scheme, layout.placement) == ("float16", "float16", None)
+    assert cli("bench", "run", cwd=tmp_path).returncode == 0
+    assert [row.scheme for row in read_report(tmp_path / "run").artifacts] == ["float", "float16"]
+    # What was chosen for float16 is none for another scheme.
+    done = cli("export", "--runtimes", "openvino", "--out", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [row.scheme for row in read_report(tmp_path / "run").artifacts] == ["float", "w8a8"]
+
+
 @pytest.mark.parametrize("artifact", ["onnx-w8a8/model.onnx", "tflite-w8a8/model.tflite"])
 def test_predict_names_the_digit(home: Path, artifact: str) -> None:
     held_out = open_images("digits", "evaluation")

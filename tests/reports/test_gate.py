@@ -176,6 +176,9 @@ def test_float_that_is_shipped_because_it_is_faster_passes_and_counts_as_measure
         check = _only(shipped, Budget.model_validate({key: limit}))
         assert (check.outcome, check.why) == (outcome, "float is shipped: why")
     assert judge(shipped, Budget(min_agreement=0.9)).outcome == "not_run"
+    half = shipped.model_copy(update={"layouts": (_layout("float16", "float", "w8a8"),)})
+    (open_question,) = judge(half, Budget(min_agreement=0.9)).checks
+    assert (open_question.outcome, open_question.why) == ("not_run", "onnx ships float16")
     # Where integers were not even tried, nothing excuses that they are missing.
     untried = shipped.model_copy(update={"layouts": (_layout("float", "float"),)})
     outcomes = {c.name: c.outcome for c in judge(untried, budget).checks}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.quantize import Given, quantize, read, write
 from pipeline.records import Architecture, Breakdown, Export, Preprocessing, Scheme
 from pipeline.worker import silent
 from reports import breakdowns
-from targets.base import NotRun, placement_of, runtime, runtimes
+from targets.base import NotRun, Runtime, placement_of, runtime, runtimes
 from targets.breakdown import breakdown_stage, macs_of, pointwise_alone
 from targets.export import export_stage
 from targets.graph import Graph, Linear, QuantizePair
@@ -156,6 +157,35 @@ def test_the_stage_tells_kinds_floor_and_bound(model: Path, name: str, tmp_path:
     assert {one.name for one in tmp_path.iterdir()} == {path.name, *beside(path)}
 
 
+def test_the_floor_of_float16_is_in_float16(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, seen = runtimes()["openvino"], list[str]()
+    whole = type(target).op_times
+
+    def op_times(self: Runtime, path: Path, image: Any, **how: Any) -> Any:
+        seen.append(json.loads(self.read_metadata(path))["export"]["scheme"])
+        return whole(self, path, image, **how)
+
+    monkeypatch.setattr(type(target), "op_times", op_times)
+    path = artifact(model, export_of("openvino", "float16"), tmp_path)
+    breakdown_stage("openvino", str(path), str(model), (1, 3, SIZE, SIZE), str(tmp_path), silent)
+    assert len(seen) > 1
+    assert set(seen) == {"float16"}
+
+
+def test_several_devices_are_named_in_the_drawing() -> None:
+    one = Breakdown(
+        runtime="onnx", scheme="w8a8", device="cpu:avx2", outcome="measured", method="m",
+        inferences=1, ms={"gelu": 1.0}, ops={"gelu": 1},
+    )  # fmt: skip
+    other = replace(one, device="cpu:avx512")
+    assert "cpu:avx2" not in (breakdowns.draw([one]) or "")
+    both = breakdowns.draw([one, other]) or ""
+    assert "cpu:avx2" in both
+    assert "cpu:avx512" in both
+
+
 def beside(path: Path) -> set[str]:
     return {path.with_suffix(".bin").name} if path.suffix == ".xml" else set()
 
@@ -174,7 +204,7 @@ def test_who_has_no_profiler_says_so(name: str, tmp_path: Path) -> None:
     found = TypeAdapter(Breakdown).validate_python(
         {"runtime": name, "scheme": "float", "device": "local", **said}
     )
-    assert breakdowns.sentences(found) == (f"{name} float: not run: {said['reason']}",)
+    assert breakdowns.sentences(found) == (f"{name} float on local: not run: {said['reason']}",)
     assert breakdowns.draw([found]) is None
 
 

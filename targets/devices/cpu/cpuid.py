@@ -8,13 +8,17 @@ Source: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, 
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.errors import DeviceError
+from pipeline.store import CACHE_VARIABLE
 from targets.devices._compiled import COMPILER, INSTALL, compiled
 
 if TYPE_CHECKING:
@@ -25,6 +29,8 @@ SOURCE = Path(__file__).with_name("cpuid.c")
 PRELOAD, VARIABLE = "LD_PRELOAD", "CONVNEXT_EDGE_HIDDEN"
 FAULTING = "cpuid_fault"
 """The flag of a CPU whose kernel lets a process be denied CPUID."""
+SEPARATORS = frozenset(" :")
+SHOW_LIBRARIES = "print(open('/proc/self/maps').read())"
 EAX, EBX, ECX, EDX = range(4)
 
 BITS: dict[str, tuple[int, int, int]] = {
@@ -57,15 +63,43 @@ BITS: dict[str, tuple[int, int, int]] = {
 """Feature to subleaf of leaf 7, register and bit."""
 
 
+@functools.cache
 def why_not() -> str | None:
     """Return why nothing can be hidden from a process of this machine; None where it can."""
+    return _lacks() or _refused()
+
+
+def _lacks() -> str | None:
+    """Return what this machine lacks for it."""
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         return "only Linux on x86-64 hides instruction sets from a program"
-    if FAULTING not in CPUINFO.read_text().split():
+    try:
+        flags = CPUINFO.read_text().split()
+    except OSError as error:
+        return f"{CPUINFO} cannot be read ({error.strerror})"
+    if FAULTING not in flags:
         return f"this CPU or its hypervisor hides no instruction sets (no {FAULTING})"
     if shutil.which(COMPILER) is None:
         return f"hiding newer ones from it takes {COMPILER}: {INSTALL}"
     return None
+
+
+def _refused() -> str | None:
+    """Return why a process that was to find nothing newer did not start so.
+
+    What the dynamic loader cannot preload it leaves out, with no more than a warning.
+    """
+    try:
+        environment = hiding(())
+    except DeviceError as error:
+        return str(error)
+    words = [sys.executable, "-S", "-c", SHOW_LIBRARIES]
+    given = {**os.environ, **environment}
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=given)
+    if done.returncode == 0 and f"/{SOURCE.stem}.so" in done.stdout:
+        return None
+    said = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+    return f"a process with {environment[PRELOAD]} preloaded does not start as it should: {said}"
 
 
 def hiding(features: Iterable[str]) -> dict[str, str]:
@@ -75,7 +109,7 @@ def hiding(features: Iterable[str]) -> dict[str, str]:
         features: Of `BITS`.
 
     Raises:
-        DeviceError: cpuid.c cannot be compiled.
+        DeviceError: cpuid.c cannot be compiled, or lies where nothing can be preloaded from.
         OutputError: The cache cannot be written.
     """
     words = [0] * 8
@@ -83,6 +117,12 @@ def hiding(features: Iterable[str]) -> dict[str, str]:
         subleaf, register, bit = BITS[name]
         words[4 * subleaf + register] |= 1 << bit
     library = str(compiled(SOURCE, "cpu"))
+    if set(library) & SEPARATORS:
+        raise DeviceError(
+            f"{library} cannot be preloaded: the dynamic loader takes its name apart",
+            allowed="a cache folder without spaces and colons in its name",
+            do=f"Set {CACHE_VARIABLE} to another folder",
+        )
     others = (one for one in os.environ.get(PRELOAD, "").split() if one != library)
     return {
         PRELOAD: " ".join([library, *others]),

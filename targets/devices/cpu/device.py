@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pipeline.errors import UsageError
+from pipeline.store import sha256_file
 from targets.base import DeviceInfo, NotRun
 from targets.devices.cpu import cpuid
 from targets.devices.local import Local, isa_flags
@@ -63,7 +64,9 @@ LEVELS = {
         needs="avx512_vnni",
         hides=_NEWEST | _AMX | (_LATER_AVX512 - _VNNI_512) | _VNNI,
     ),
-    "amx": Level(word="AVX512_CORE_AMX", needs="amx_int8", hides=frozenset()),
+    "amx": Level(
+        word="AVX512_CORE_AMX", needs="amx_int8", hides=_NEWEST | {"amx_fp16", "amx_complex"}
+    ),
 }
 """From the lowest up; `isa_of` says of the flags that are left whether int8 may saturate."""
 
@@ -78,9 +81,7 @@ class HeldBack(Local):
     def environment(self) -> Mapping[str, str]:
         """Return what hides newer instructions from a process, as far as that can be done."""
         told = {ONEDNN: self.level.word}
-        if not self.level.hides or cpuid.why_not() is not None:
-            return told
-        return told | cpuid.hiding(self.level.hides)
+        return told if cpuid.why_not() else told | cpuid.hiding(self.level.hides)
 
     def probe(self) -> DeviceInfo | NotRun:
         """Describe this machine with the flags that are left."""
@@ -90,12 +91,14 @@ class HeldBack(Local):
         if self.level.needs not in info.isa:
             return NotRun(reason=f"this CPU has no {self.level.needs}: {info.description}")
         left = tuple(flag for flag in info.isa if flag not in self.level.hides)
-        held = "CPUID" if cpuid.why_not() is None else ONEDNN
-        return replace(info, name=self.name, isa=left, versions={"held by": held})
+        held = {"held by": ONEDNN}
+        if cpuid.why_not() is None:
+            held = {"held by": "CPUID", cpuid.SOURCE.name: sha256_file(cpuid.SOURCE)}
+        return replace(info, name=self.name, isa=left, versions=held)
 
     def can_run(self, wanted: Runtime) -> NotRun | None:
         """Take what can be held back: every runtime, or openvino alone."""
-        why = cpuid.why_not() if self.level.hides else None
+        why = cpuid.why_not()
         if why is not None and wanted.name != TOLD:
             return NotRun(reason=f"{wanted.name} chooses its kernels by CPUID, and {why}")
         return super().can_run(wanted)

@@ -45,6 +45,8 @@ NAME = "emulated-arm64"
 RUNTIMES = frozenset({"onnx", "openvino", "tflite"})
 COUNTED = 3
 """Inferences; a first one is not."""
+MOST_GUESTS = 4
+"""At a time: each holds a network and its runtime."""
 SMALL, WARM_UP = 96, 8
 """Up to so many pixels along a side, so many more go before: Python's own code takes that long to
 settle, which shows beside a million instructions."""
@@ -118,7 +120,7 @@ class EmulatedArm64:
             )
         inferences = min(rounds, COUNTED)
         found = list[Samples]()
-        with ThreadPoolExecutor(max_workers=available_cores()) as pool:
+        with ThreadPoolExecutor(max_workers=min(available_cores(), MOST_GUESTS)) as pool:
             counts = [pool.submit(self._count, job, image, inferences) for job in jobs]
             try:
                 for index, (job, count) in enumerate(zip(jobs, counts, strict=True)):

@@ -6,13 +6,14 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 from pipeline.errors import DeviceError
 from pipeline.store import CACHE_VARIABLE
+from targets.devices._compiled import compiled
 from targets.devices.cpu import cpuid
 from targets.devices.cpu.device import LEVELS
 
@@ -21,6 +22,41 @@ FEATURES = "from numpy._core._multiarray_umath import __cpu_features__ as f; pri
 on_a_cpu_that_hides = pytest.mark.skipif(
     cpuid.why_not() is not None, reason=f"nothing can be hidden here: {cpuid.why_not()}"
 )
+
+
+@pytest.fixture(autouse=True)
+def asked_anew() -> Iterator[None]:
+    cpuid.why_not.cache_clear()
+    yield
+    cpuid.why_not.cache_clear()
+
+
+@pytest.mark.skipif(
+    (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="it is for such a system"
+)
+def test_it_compiles_without_a_warning() -> None:
+    assert compiled(cpuid.SOURCE, "cpu").is_file()
+
+
+@on_a_cpu_that_hides
+@pytest.mark.parametrize("name", ["with a space", "with:colon"])
+def test_a_cache_that_nothing_can_be_preloaded_from_is_said(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / name))
+    assert "cannot be preloaded" in (cpuid.why_not() or "")
+    with pytest.raises(DeviceError, match=r"cannot be preloaded.*Set CONVNEXT_EDGE_CACHE"):
+        cpuid.hiding(())
+
+
+@on_a_cpu_that_hides
+def test_a_library_that_is_not_loaded_is_no_quiet_lie(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    empty = tmp_path / "cpuid.so"
+    empty.write_bytes(b"")
+    monkeypatch.setattr(cpuid, "compiled", lambda *_: empty)
+    assert "does not start as it should" in (cpuid.why_not() or "")
 
 
 def run(code: str, environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
@@ -52,11 +88,22 @@ def test_a_fault_of_another_kind_still_ends_the_process() -> None:
 
 
 @on_a_cpu_that_hides
-def test_a_handler_that_was_there_before_is_asked_again() -> None:
-    code = "import faulthandler, ctypes; faulthandler.enable(); ctypes.string_at(8)"
-    done = run(code, cpuid.hiding(()))
-    assert done.returncode == -11
+def test_a_handler_that_is_set_later_gets_what_is_not_cpuid_and_nothing_else() -> None:
+    code = f"import faulthandler, ctypes; faulthandler.enable(); {FEATURES}; ctypes.string_at(8)"
+    done = run(code, {**cpuid.hiding(LEVELS["avx2"].hides), "PYTHONFAULTHANDLER": "1"})
+    assert (done.returncode, done.stdout) == (-11, "False\n")
     assert "Fatal Python error: Segmentation fault" in done.stderr
+
+
+@on_a_cpu_that_hides
+def test_a_handler_is_handed_back_as_it_was_set() -> None:
+    code = (
+        "import signal; own = lambda *_: None; signal.signal(signal.SIGSEGV, own);"
+        "assert signal.signal(signal.SIGSEGV, signal.SIG_DFL) is own;"
+        "import faulthandler; faulthandler.enable(); faulthandler.disable();"
+    )
+    done = run(f"{code} {FEATURES}", cpuid.hiding(LEVELS["avx2"].hides))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False\n", "")
 
 
 @on_a_cpu_that_hides
@@ -95,12 +142,12 @@ def test_where_nothing_can_be_hidden_it_says_why(
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     flags.write_text("flags\t\t: avx2 cpuid avx512f\n")
-    assert "no cpuid_fault" in (cpuid.why_not() or "")
+    assert "no cpuid_fault" in (cpuid._lacks() or "")
     flags.write_text("flags\t\t: avx2 cpuid_fault\n")
     monkeypatch.setenv("PATH", "")
-    assert "gcc" in (cpuid.why_not() or "")
+    assert "gcc" in (cpuid._lacks() or "")
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")
-    assert "x86-64" in (cpuid.why_not() or "")
+    assert "x86-64" in (cpuid._lacks() or "")
 
 
 def test_a_compiler_that_is_not_there_is_one_line(
