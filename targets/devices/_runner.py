@@ -392,7 +392,7 @@ def energy_uj() -> dict[str, tuple[int, int]]:
 
     Source: Linux, Documentation/power/powercap/powercap.rst.
     """
-    found = {}
+    found: dict[str, tuple[int, int]] = {}
     for zone in sorted(POWERCAP.glob("*:*")):
         name = read(zone / "name").strip()
         words = [read(zone / word).strip() for word in ("energy_uj", "max_energy_range_uj")]
