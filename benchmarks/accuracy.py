@@ -265,7 +265,7 @@ def measure(target: Path, work: Path | None, options: Row) -> None:
     settings = settings_of(options)
     check_places(target, work)
     os.environ["NNCF_EXTENSION_LOAD_TIMEOUT"] = "0"  # its build takes longer on few cores
-    console, begin, load = Console(stderr=True), time.monotonic(), os.getloadavg()[0]
+    console, begin, load = Console(stderr=True, emoji=False), time.monotonic(), os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="convnext-edge-") as folder:
         bench = Bench(work or Path(folder), settings, console)
         made = bench.rows()
@@ -283,7 +283,7 @@ def measure(target: Path, work: Path | None, options: Row) -> None:
         "rows": rows,
     }
     write_atomic(target, (json.dumps(document, indent=1) + "\n").encode())
-    print_table(document, Console(width=None if sys.stdout.isatty() else 200))
+    print_table(document, Console(width=None if sys.stdout.isatty() else 200, emoji=False))
 
 
 def machine() -> Row:

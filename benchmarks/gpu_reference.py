@@ -355,7 +355,7 @@ def _run(target: Path, options: Row) -> None:
     )
     cells = [Cell(*each) for each in itertools.product(*(settings[k] for k in Cell._fields))]
     before, load, begin = gpu_facts(), os.getloadavg()[0], time.monotonic()
-    rows, compared = measure(bench, networks, cells, Console(stderr=True))
+    rows, compared = measure(bench, networks, cells, Console(stderr=True, emoji=False))
     document: Row = {
         "command": shlex.join(["python", "benchmarks/gpu_reference.py", *sys.argv[1:]]),
         "settings": settings,
@@ -376,7 +376,7 @@ def _run(target: Path, options: Row) -> None:
         "rows": rows,
     }
     write_atomic(target, (json.dumps(document, indent=1) + "\n").encode())
-    print_table(document, Console(width=None if sys.stdout.isatty() else 160))
+    print_table(document, Console(width=None if sys.stdout.isatty() else 160, emoji=False))
 
 
 def _batches(text: str) -> list[int]:

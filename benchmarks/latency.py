@@ -92,7 +92,7 @@ def measure(
     Returns:
         One row per artifact of ours and peer.
     """
-    console, found = Console(stderr=True), list[Row]()
+    console, found = Console(stderr=True, emoji=False), list[Row]()
     for model in models:
         folder = work / model
         folder.mkdir(exist_ok=True)
@@ -224,11 +224,12 @@ def held_to(name: str, runtimes: Sequence[str]) -> tuple[base.DeviceInfo, Isa]:
         UsageError: It is none, or cannot run one of these.
     """
     device = base.device(name)
-    info = device.probe()
-    allowed = "local, cpu:avx2, cpu:avx512-vnni, ..."
+    # Others are not even asked: they may be far away.
+    info = device.probe() if isinstance(device, Local) else base.NotRun(reason="")
+    allowed = "local, cpu:avx2, cpu:avx512-vnni and its like"
     do = "Correct --device or --runtimes"
     if not isinstance(device, Local) or isinstance(info, base.NotRun):
-        why = f" ({info.reason})" if isinstance(info, base.NotRun) else ""
+        why = f" ({info.reason})" if isinstance(info, base.NotRun) and info.reason else ""
         raise UsageError(f"{name} is no CPU of this machine{why}", allowed=allowed, do=do)
     for one in runtimes:
         cannot = device.can_run(base.runtime(one))
@@ -280,7 +281,7 @@ def _run(target: Path, work: Path | None, options: Row) -> None:
         "rows": rows,
     }
     write_atomic(target, (json.dumps(document, indent=1) + "\n").encode())
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 160, emoji=False)
     print_table(rows, console, f"{document['cpu']}, {', '.join(document['isa'])}")
 
 

@@ -163,7 +163,7 @@ def _run(target: Path, options: Row) -> None:
         **found,
     }
     write_atomic(target, (json.dumps(document, indent=1) + "\n").encode())
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = Console(width=None if sys.stdout.isatty() else 120, emoji=False)
     print_table(rows, found, console, f"{model}, {document['cpu']}")
 
 

@@ -394,7 +394,7 @@ def main() -> None:
         table.add_column(column, justify="right")
     for name, row in document["routes"].items():
         table.add_row(name, *(cell.format(**row) for cell in COLUMNS.values()))
-    Console(width=176).print(table)
+    Console(width=176, emoji=False).print(table)
 
 
 if __name__ == "__main__":

@@ -251,7 +251,7 @@ def main() -> None:
         table.add_column(column, justify="right")
     for way, row in rows.items():
         table.add_row(way, *(cell.format(**row) for cell in COLUMNS.values()))
-    console = Console(width=140)
+    console = Console(width=140, emoji=False)
     console.print(table)
     apart = max(row.get("max_logit_difference", 0) for row in rows.values())
     console.print(f"logits of the plain loop and of this project differ by {apart:.2g} at most")

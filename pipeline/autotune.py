@@ -83,6 +83,7 @@ class Conditions:
         asked: Whether to measure what is missing, or only to take over what was measured before.
         counts: Whether the device counts instructions, and takes no times.
         most_macs: Of a network that is measured there.
+        stands_in: Whether the device is one that nobody asked for.
     """
 
     device: Device
@@ -95,6 +96,7 @@ class Conditions:
     asked: bool
     counts: bool = False
     most_macs: float = np.inf
+    stands_in: bool = False
 
     def elsewhere(self, isa: Isa) -> Conditions | None:
         """Return the same where a device stands in for an ISA; None where none does."""
@@ -104,7 +106,9 @@ class Conditions:
         counts = counts_instructions(device)
         threads = 1 if counts else self.threads
         most = MOST_COUNTED_MACS if counts and self.effort == "quick" else np.inf
-        return replace(self, device=device, counts=counts, threads=threads, most_macs=most)
+        return replace(
+            self, device=device, counts=counts, threads=threads, most_macs=most, stands_in=True
+        )
 
     @property
     def per_round(self) -> int:
@@ -206,6 +210,8 @@ class Autotuner:
         try:
             folder = self.stages.do_here(stage, make)
         except (WorkerError, ArtifactError, DeviceError) as error:
+            if isinstance(error, DeviceError) and not self.given.stands_in:
+                raise  # a default would take the place of what was chosen there before
             return self.exports.default_layout(target, f"measuring failed: {error}")
         found = _CANDIDATES.validate_json((folder / MEASURED).read_bytes())
         return self._chosen(target, model, info, found)

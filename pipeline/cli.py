@@ -54,6 +54,10 @@ def main() -> None:
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
+    except SystemExit as error:
+        if error.code == TERMINATED:
+            err_console.print("terminated: finished stages are kept, the same command resumes")
+        raise
     except EdgeError as error:
         _fail(error)
     except OSError as error:  # what the system refuses at a place that no one foresaw
@@ -199,7 +203,7 @@ def explain(
     from pipeline.explain import explain_latency, show, show_latency
 
     if latency:
-        found = explain_latency(place, device or "local")
+        found = explain_latency(place, "local" if device is None else device)
         if as_json:
             sys.stdout.write(to_json(found).decode() + "\n")
         else:

@@ -28,8 +28,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out_console = Console()
-err_console = Console(stderr=True)
+out_console = Console(emoji=False)
+err_console = Console(stderr=True, emoji=False)
 
 INTERRUPTED, TERMINATED = 130, 143
 DEFAULT_OUT = Path("runs/default")
@@ -402,6 +402,7 @@ def tune(
     flags = {"tune": effort, "device": device, "threads": threads, "bench": True}
     stored = recipe_of(run_dir)
     settings = load_recipe(None, stored.model_dump(exclude_none=True), flags)
+    _require_usable(settings.device)
     _conclude(_execute(settings, run_dir, Steps()), run_dir)
 
 
@@ -423,6 +424,20 @@ def _asking_less(settings: Recipe) -> Recipe:
     assert settings.gate is not None, "the embedded recipe has a budget"
     left = tuple(name for name in settings.gate.require if name in settings.runtimes)
     return settings.model_copy(update={"gate": settings.gate.model_copy(update={"require": left})})
+
+
+def _require_usable(name: str) -> None:
+    """Refuse to choose on a device that is away: what was chosen before would be lost."""
+    from pipeline.errors import DeviceError, got_of
+    from targets import base
+
+    info = base.device(name).probe()
+    if isinstance(info, base.NotRun):
+        raise DeviceError(
+            f"nothing can be measured on {name}: {got_of(info.reason)}",
+            allowed="a device that `convnext-edge devices` finds usable",
+            do="Make it reachable, or name another --device",
+        )
 
 
 def _places(
@@ -463,10 +478,6 @@ def _execute(settings: Recipe, out: Path, steps: Any) -> Finished:
     except KeyboardInterrupt:
         err_console.print("interrupted: finished stages are kept, the same command resumes")
         raise typer.Exit(INTERRUPTED) from None
-    except SystemExit as error:
-        if error.code == TERMINATED:
-            err_console.print("terminated: finished stages are kept, the same command resumes")
-        raise
 
 
 def new_display() -> Any:

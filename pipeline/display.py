@@ -73,7 +73,7 @@ class Display:
     """A live list of the stages at work; finished ones stay as lines above it."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or Console(stderr=True, emoji=False)
         self._lock = threading.Lock()
         self._bars = Progress(
             TextColumn("[cyan]{task.description:<24}"),

@@ -42,6 +42,11 @@ class EdgeError(Exception):
         return printable(" ".join(line.split()))
 
 
+def got_of(line: str) -> str:
+    """Return what was found of an error's line, for a line that says itself what is allowed."""
+    return line.partition(". Allowed: ")[0]
+
+
 class UsageError(EdgeError):
     """A wrong word on the command line or in a recipe (exit code 2)."""
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.errors import ArtifactError, UsageError, printable
+from pipeline.errors import ArtifactError, UsageError, got_of, printable
 from pipeline.exports import MODEL_FILES
 from pipeline.records import Breakdown, Export, QuantizedModel, Tuning
 from pipeline.run import MODEL
@@ -149,19 +149,20 @@ def explain_latency(artifact: Path, device: str = LOCAL) -> Breakdown:
 
 def _environment(name: str, target: base.Runtime) -> Mapping[str, str]:
     """Return the variables of a process in which a runtime's profiler speaks of a device."""
-    device = base.device(name)
-    info = device.probe()
-    cannot = info if isinstance(info, base.NotRun) else device.can_run(target)
-    if cannot is None and not isinstance(info, base.NotRun) and info.kind != "host":
-        cannot = base.NotRun(reason="it is no CPU of this machine")
-    if cannot is not None or not isinstance(device, base.InProcesses):
-        why = f": {cannot.reason}" if cannot is not None else ""
-        raise UsageError(
-            f"{name} cannot take {target.name}'s time apart{why}",
-            allowed="local or cpu:LEVEL; for another device `convnext-edge bench RUN_DIR --device`",
-            do="Correct --device",
-        )
-    return device.environment()
+    device, why = base.device(name), "it is no CPU of this machine"
+    # Others are not even asked: they may be far away.
+    if isinstance(device, base.InProcesses):
+        info = device.probe()
+        cannot = info if isinstance(info, base.NotRun) else device.can_run(target)
+        if cannot is not None:
+            why = got_of(cannot.reason)
+        elif isinstance(info, base.DeviceInfo) and info.kind == "host":
+            return device.environment()
+    raise UsageError(
+        f"{name} cannot take {target.name}'s time apart: {why}",
+        allowed="local or cpu:LEVEL; for another device `convnext-edge bench RUN_DIR --device`",
+        do="Correct --device",
+    )
 
 
 def _integers_of(artifact: Path, parents: Mapping[str, str]) -> str | None:

@@ -9,7 +9,8 @@ import shutil
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
-from pipeline.placements import widest
+from pipeline.errors import UsageError
+from pipeline.placements import PLACEMENTS, widest
 from pipeline.recipe import NONE
 from pipeline.records import (
     FLOATING,
@@ -58,6 +59,7 @@ class Exports:
     def __init__(self, recipe: Recipe, layouts: Mapping[str, Layout] = NO_LAYOUTS) -> None:
         self.recipe = recipe
         self.layouts = layouts
+        _check_placement(recipe)
         self.targets = [base.runtime(name) for name in dict.fromkeys(recipe.runtimes)]
         for target in self.targets:
             base.require_installed(target)
@@ -203,6 +205,23 @@ class Exports:
             files=made["files"],
             export_seconds=done.seconds,
             export_peak_memory_bytes=done.peak_memory_bytes,
+        )
+
+
+def _check_placement(recipe: Recipe) -> None:
+    if recipe.placement is None:
+        return
+    if recipe.placement not in PLACEMENTS:
+        raise UsageError(
+            f"unknown placement: {recipe.placement}",
+            allowed=", ".join(PLACEMENTS),
+            do="Correct --placement",
+        )
+    if recipe.scheme in FLOATING:
+        raise UsageError(
+            f"--placement {recipe.placement} with --scheme {recipe.scheme}, which has no integers",
+            allowed="another --scheme, or no --placement",
+            do="Leave one of them out",
         )
 
 

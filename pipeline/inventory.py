@@ -35,7 +35,7 @@ def read_inventory(file: Path) -> dict[str, Place]:
     """
     try:
         found = TypeAdapter(dict[str, Place]).validate_python(tomllib.loads(file.read_text()))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, ValidationError) as error:
+    except (OSError, ValueError, RecursionError, ValidationError) as error:
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from pipeline.errors import ArtifactError, UsageError
 from pipeline.measure import Timing
 from pipeline.parity import Comparison
-from pipeline.records import Parity, Place
+from pipeline.records import Parity, Place, PositiveInt
 from pipeline.worker import end_all, ending
 from targets import base
 from targets.base import HOST, DeviceInfo, NotRun
@@ -50,7 +50,7 @@ class Known:
 
     place: Place
     info: DeviceInfo
-    images: int | None = None
+    images: PositiveInt | None = None
 
 
 _KNOWN = TypeAdapter(tuple[Known, ...])

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
-from pipeline.errors import ArtifactError
-from pipeline.records import Layout
+from pipeline.errors import ArtifactError, printable
+from pipeline.records import FLOATING, Layout
 from targets import base
 
 if TYPE_CHECKING:
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
 LAYOUTS = "layouts.json"
 
 
-def kept_layouts(exports: Exports, file: Path) -> dict[str, Layout]:
+def kept_layouts(exports: Exports, file: Path, stages: int) -> dict[str, Layout]:
     """Return what was chosen before; a runtime of which nothing fits takes its default.
 
     Args:
         exports: What a recipe exports.
         file: Of the run folder.
+        stages: Of the network.
 
     Raises:
-        ArtifactError: The file is damaged, or names what a runtime does not have.
+        ArtifactError: The file is damaged, or names what a runtime or the network does not have.
     """
-    found, kept = read_layouts(file), dict[str, Layout]()
+    found, kept = read_layouts(file, stages), dict[str, Layout]()
     why = "not chosen by measurement: run `convnext-edge tune RUN_DIR`"
     for target in exports.targets:
         default = exports.default_layout(target, why)
@@ -42,11 +43,15 @@ def kept_layouts(exports: Exports, file: Path) -> dict[str, Layout]:
     return kept
 
 
-def read_layouts(file: Path) -> dict[str, Layout]:
+def read_layouts(file: Path, stages: int) -> dict[str, Layout]:
     """Read what an earlier run chose; nothing where none did.
 
+    Args:
+        file: Of the run folder.
+        stages: Of the network.
+
     Raises:
-        ArtifactError: The file is damaged, or names what a runtime does not have.
+        ArtifactError: The file is damaged, or names what a runtime or the network does not have.
     """
     if not file.exists():
         return {}
@@ -55,9 +60,12 @@ def read_layouts(file: Path) -> dict[str, Layout]:
         found = TypeAdapter(dict[str, Layout]).validate_json(file.read_bytes())
     except (OSError, ValidationError) as error:
         found, why = {}, type(error).__name__
+    known = base.runtimes()
     for name, layout in found.items():
-        if layout.runtime != name or not _has(base.runtime(name).capabilities, layout):
-            why = f"{name} has no such form or placement"
+        if name not in known:
+            why = f"there is no runtime {printable(name)}"
+        elif layout.runtime != name or not _has(known[name].capabilities, layout, stages):
+            why = f"{name} or its network has no such form, placement, scheme or stage"
     if why is not None:
         raise ArtifactError(
             f"{file} tells no layouts ({why})",
@@ -67,11 +75,18 @@ def read_layouts(file: Path) -> dict[str, Layout]:
     return found
 
 
-def _has(can: base.Capabilities, layout: Layout) -> bool:
+def _has(can: base.Capabilities, layout: Layout, stages: int) -> bool:
     """Return whether a runtime can lay a model out so."""
     forms = {layout.graph_form, layout.float_form}
-    placed = layout.placement in {None, *can.placements_in(layout.graph_form)}
-    return placed and forms <= set(can.graph_forms)
+    floats = layout.scheme in FLOATING
+    placed = [None] if floats else can.placements_in(layout.graph_form)
+    return (
+        forms <= set(can.graph_forms)
+        and layout.placement in placed
+        and layout.scheme in can.schemes
+        and layout.scheme in {*FLOATING, layout.asked}
+        and set(layout.float_stages) <= set(() if floats else range(stages))
+    )
 
 
 def _fits(layout: Layout, default: Layout, recipe: Recipe) -> bool:

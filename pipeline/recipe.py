@@ -89,7 +89,7 @@ class Budget(_Strict):
     max_size_ratio: Ratio | None = None
     max_instruction_ratio: Ratio | None = None
     min_device_agreement: Share | None = None
-    faster_than_float: bool = False
+    faster_than_float: Annotated[bool, Field(strict=True)] = False
     max_transposes_per_block: Count | None = None
     max_quantize_ops_per_block: Count | None = None
     max_float_layers: Count | None = None
@@ -294,7 +294,7 @@ def load_budget(path: Path) -> Budget:
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise UsageError(
             f"{path} cannot be read as TOML ({why})",

@@ -34,6 +34,9 @@ def _reported(cls: type[_Class]) -> type[_Class]:
 
 
 PositiveInt = Annotated[int, Field(gt=0)]
+NaturalInt = Annotated[int, Field(ge=0)]
+Points = Annotated[float, Field(ge=-100, le=100)]
+"""Of a percentage."""
 PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -541,14 +544,23 @@ class Accuracy:
     kind: Kind | None = None
     n: int | None = None
     top1: Fraction | None = None
-    drop_pp: float | None = None
-    drop_ci95_pp: tuple[float, float] | None = None
+    drop_pp: Points | None = None
+    drop_ci95_pp: tuple[Points, Points] | None = None
     agreement_with_float: Fraction | None = None
     sqnr_db: float | None = None
-    lost: int | None = None
-    gained: int | None = None
+    lost: NaturalInt | None = None
+    gained: NaturalInt | None = None
     correct_bits: str | None = None
     """One bit per image in order, 1 where the artifact is right: base64 of numpy.packbits."""
+
+    @model_validator(mode="after")
+    def _counts_are_of_the_images(self) -> Accuracy:
+        if None not in {self.lost, self.gained} and (self.n or 0) < (self.lost or 0) + (
+            self.gained or 0
+        ):
+            msg = f"lost {self.lost} and gained {self.gained} of {self.n} images"
+            raise ValueError(msg)
+        return self
 
 
 @_reported
@@ -588,20 +600,20 @@ class Latency:
     kind: Kind | None = None
     threads: int | None = None
     n: int | None = None
-    wall_p50_ms: float | None = None
-    wall_p90_ms: float | None = None
-    cpu_p50_ms: float | None = None
-    cpu_p90_ms: float | None = None
-    float_wall_p50_ms: float | None = None
-    float_cpu_p50_ms: float | None = None
+    wall_p50_ms: NonNegative | None = None
+    wall_p90_ms: NonNegative | None = None
+    cpu_p50_ms: NonNegative | None = None
+    cpu_p90_ms: NonNegative | None = None
+    float_wall_p50_ms: NonNegative | None = None
+    float_cpu_p50_ms: NonNegative | None = None
     speedup: float | None = None
     samples_file: str | None = None
-    load_ms: float | None = None
-    first_ms: float | None = None
+    load_ms: NonNegative | None = None
+    first_ms: NonNegative | None = None
     peak_memory_bytes: int | None = None
-    energy_mj: float | None = None
-    harness_wall_p50_ms: float | None = None
-    harness_cpu_p50_ms: float | None = None
+    energy_mj: NonNegative | None = None
+    harness_wall_p50_ms: NonNegative | None = None
+    harness_cpu_p50_ms: NonNegative | None = None
     wall_ratio: float | None = None
     wall_ratio_ci95: tuple[float, float] | None = None
     cpu_ratio: float | None = None

@@ -491,7 +491,9 @@ class _Run:
     ) -> dict[str, Layout]:
         """Choose the graph form and placement of every runtime, by measurement where asked."""
         if not steps.choose:
-            return kept_layouts(self.exports, self.out / LAYOUTS)
+            return kept_layouts(
+                self.exports, self.out / LAYOUTS, stages=len(model.architecture.depths)
+            )
         budget = self.recipe.budget()
         limit = budget.max_drop_pp if budget is not None else None
         given = Conditions(

@@ -208,16 +208,19 @@ def _raw(folder: Path, one: Latency, row: ArtifactRow, clock: Clock) -> tuple[fl
     return next(times, ())
 
 
+def _threads(count: int | None) -> str:
+    return "" if count is None else f"{count} thread{'s' if count != 1 else ''}"
+
+
 def show(changes: list[Change], console: Console) -> None:
     """Print the changes as a table."""
     table = Table("artifact", "device", "before", "after", "factor", "95 %", "verdict", "why")
     for one in changes:
-        times = ["—" if value is None else f"{value:,.4g}" for value in (one.before, one.after)]
-        if one.unit == "instructions":
-            times = [f"{value:,.0f}" for value in (one.before, one.after) if value is not None]
+        form = ",.0f" if one.unit == "instructions" else ",.4g"
+        times = ["—" if v is None else format(v, form) for v in (one.before, one.after)]
         table.add_row(
             f"{one.runtime} {one.scheme}",
-            f"{one.device}, {one.threads} thread{'s' if one.threads != 1 else ''}",
+            ", ".join(filter(None, (one.device, _threads(one.threads)))),
             *times,
             "—" if one.factor is None else f"{one.factor:.3f}",
             "—" if one.ci95 is None else f"{one.ci95[0]:.3f} to {one.ci95[1]:.3f}",

@@ -21,6 +21,7 @@ from pipeline.records import (
     Latency,
     Layout,
     Parity,
+    PositiveInt,
     Profile,
     Proof,
     RangeMethod,
@@ -104,7 +105,7 @@ class ArtifactRow(_Model):
     graph_form: str
     path: str
     sha256: str
-    size_bytes: int
+    size_bytes: PositiveInt
     accuracy: Accuracy
     latency: tuple[Latency, ...]
     profile: Profile | None = None

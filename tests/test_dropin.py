@@ -185,7 +185,7 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
     (toaster / "device.py").write_text(DEVICE)
     (tree / "targets" / "devices" / "shelf.py").write_text(SHELF)
 
-    def call(*words: str, **variables: str) -> str:
+    def call(*words: str, code: int = 0, **variables: str) -> str:
         done = subprocess.run(
             [sys.executable, "-P", "-m", "pipeline.cli", *words],
             env={**os.environ, "PYTHONPATH": str(tree), **variables},
@@ -193,8 +193,8 @@ def cli(tmp_path_factory: pytest.TempPathFactory) -> Cli:
             text=True,
             check=False,
         )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return done.stdout
+        assert done.returncode == code, done.stderr[-2000:]
+        return done.stderr if code else done.stdout
 
     return call
 
@@ -272,7 +272,8 @@ def test_a_device_that_is_away_keeps_what_it_gave(cli: Cli, out: Path) -> None:
     cli("bench", str(out), *both)
     cli("verify", str(out), "--device", "shelf:upper", "--images", "8")
     before = read_report(out)
-    cli("verify", str(out), "--device", "shelf:lower", SHELF="away")
+    said = cli("verify", str(out), "--device", "shelf:lower", SHELF="away", code=1)
+    assert said.splitlines()[-1] == "failed: shelf:lower measured nothing: the shelf is away"
     report = read_report(out)
     latency = quantized(out).latency
     assert [one.outcome for one in latency] == ["measured", "measured", "not_run"]
@@ -281,6 +282,12 @@ def test_a_device_that_is_away_keeps_what_it_gave(cli: Cli, out: Path) -> None:
     assert kept[0] == kept[1] != []
     missing = [r for r in report.parity if r.device == "shelf:lower"]
     assert [(r.outcome, r.reason) for r in missing] == [("not_run", "the shelf is away")] * 2
+    # Nothing is chosen on it, so what was chosen before stays.
+    layouts = (out / "layouts.json").read_bytes()
+    said = cli("tune", str(out), "--device", "shelf:lower", SHELF="away", code=1)
+    assert "error: nothing can be measured on shelf:lower: the shelf is away. Allowed: " in said
+    assert (out / "layouts.json").read_bytes() == layouts
+    assert '"device": "toaster"' in (out / "recipe.json").read_text()
     # Nobody asks for it: it is not asked anything, and what it gave stands.
     cli("bench", str(out), SHELF="away")
     assert [one.outcome for one in quantized(out).latency] == ["measured"] * 3

@@ -10,8 +10,8 @@ import shutil
 import subprocess
 from typing import TYPE_CHECKING
 
-from pipeline.errors import DeviceError
-from pipeline.store import Stage, Store, cache_folder, sha256_file
+from pipeline.errors import DeviceError, OutputError
+from pipeline.store import CACHE_VARIABLE, Stage, Store, cache_folder, sha256_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,8 +29,7 @@ def compiled(source: Path, place: str) -> Path:
         place: Folder of the cache.
 
     Raises:
-        DeviceError: There is no gcc, or it refuses the source.
-        OutputError: The cache cannot be written.
+        DeviceError: There is no gcc, it refuses the source, or the cache cannot be written.
     """
     name = f"{source.stem}.so"
 
@@ -43,7 +42,14 @@ def compiled(source: Path, place: str) -> Path:
         inputs={"source": sha256_file(source)},
         settings={"compile": COMPILE},
     )
-    return Store(cache_folder() / place).get(stage, make) / name
+    try:
+        return Store(cache_folder() / place).get(stage, make) / name
+    except OutputError as error:
+        raise DeviceError(
+            f"{source.name} is not compiled: {error.got}",
+            allowed="a cache folder that this user may write, on a disk with room",
+            do=f"Set {CACHE_VARIABLE} to another folder",
+        ) from error
 
 
 def _compile(source: Path, target: Path) -> None:

@@ -61,6 +61,8 @@ FLOAT_OPS = (g.Norm, g.Add, g.Mean, g.Scale, g.Shift, g.ResponseNorm)
 """What computes in floats, whatever it reads."""
 CHANNELWISE = (g.Shift, g.Scale, g.Gelu, g.QuantizePair, g.ResponseNorm)
 """What may lie in either layout: it stays in that of what it reads."""
+BEGINNING = 256
+"""Bytes in which a model's root element begins."""
 DYNAMIC = "DYNAMIC_QUANTIZATION_GROUP_SIZE"
 PRECISION, HALF = "INFERENCE_PRECISION_HINT", "FP16"
 PARITY = {PRECISION: "f32", "NUM_STREAMS": 1}
@@ -191,14 +193,19 @@ def _kind(op: str, names: Sequence[str]) -> OpKind:
 def _read(path: Path) -> Any:
     import openvino
 
+    refusal = ArtifactError(
+        f"{path} is not an OpenVINO model with its .bin beside it",
+        allowed="an artifact that `convnext-edge export` wrote, both files in one folder",
+        do="Export it again",
+    )
     try:
+        # What is something else, OpenVINO would try every other format on, and loudly.
+        with path.open("rb") as file:
+            if b"<net" not in file.read(BEGINNING):
+                raise refusal
         return openvino.Core().read_model(path)
-    except RuntimeError as error:
-        raise ArtifactError(
-            f"{path} is not an OpenVINO model with its .bin beside it",
-            allowed="an artifact that `convnext-edge export` wrote, both files in one folder",
-            do="Export it again",
-        ) from error
+    except (OSError, RuntimeError) as error:
+        raise refusal from error
 
 
 def _integer_weights(model: Any) -> int:

@@ -628,6 +628,12 @@ def test_what_cannot_be_is_said_in_one_line(
         {"placement": "nowhere"},
         {"graph_form": "1x1 convolution", "placement": "pointwise"},
         {"runtime": "tflite"},
+        {"scheme": "w4a8"},
+        {"scheme": "w8a16", "asked": "w8a16"},
+        {"placement": None},
+        {"scheme": "float"},
+        {"float_stages": (4,)},
+        {"float_stages": (-1,)},
     ],
 )
 def test_layouts_that_a_runtime_does_not_have_are_refused(
@@ -636,9 +642,9 @@ def test_layouts_that_a_runtime_does_not_have_are_refused(
     exports = Exports(Recipe(runtimes=("onnx",)))
     right = exports.default_layout(exports.targets[0], "")
     file = tmp_path / "layouts.json"
-    assert read_layouts(file) == {}
+    assert read_layouts(file, 4) == {}
     file.write_bytes(to_json({"onnx": right}))
-    assert read_layouts(file) == {"onnx": right}
+    assert read_layouts(file, 4) == {"onnx": right}
     file.write_bytes(to_json({"onnx": replace(right, **wrong)}))
     with pytest.raises(ArtifactError, match=r"layouts\.json tells no layouts"):
-        read_layouts(file)
+        read_layouts(file, 4)

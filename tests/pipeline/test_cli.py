@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from pipeline import checkpoint
+from pipeline.cli_run import err_console, out_console
 from pipeline.convnext import seeded
 from pipeline.records import Architecture
 
@@ -550,3 +551,9 @@ def test_says_a_mistake_in_one_line(case: Case, tmp_path: Path, exported: Path) 
     assert not list(tmp_path.rglob(".partial-*"))
     assert not (place.out / "artifacts").exists()
     assert not (tmp_path / "marker").exists(), "the pickle's code ran"
+
+
+def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for console in (out_console, err_console):
+        console.print("emulated-arm64:phone: it counts", markup=False, highlight=False)
+    assert capsys.readouterr() == ("emulated-arm64:phone: it counts\n",) * 2

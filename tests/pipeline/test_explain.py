@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pipeline.errors import ArtifactError
-from pipeline.explain import NOTHING, UNMEASURED, explain, show
+from pipeline.errors import ArtifactError, UsageError
+from pipeline.explain import NOTHING, UNMEASURED, _environment, explain, show
 from pipeline.quantize import PARAMS
 from pipeline.records import (
     Accuracy,
@@ -38,6 +38,7 @@ from reports.document import (
     Report,
     write_report,
 )
+from targets import base
 
 CLI = (sys.executable, "-P", "-m", "pipeline.cli")
 BAD = "stages.0.blocks.0.dw_out"
@@ -279,3 +280,16 @@ def test_the_command_fails_with_one_line_and_exit_code_1(tmp_path: Path) -> None
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["ssh:nobody@127.0.0.1", "emulated-arm64:pi5", "cuda"])
+def test_the_time_is_taken_apart_on_a_cpu_of_this_machine_only(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = base.device(name)
+    if not isinstance(device, base.InProcesses):
+        # It may be far away: it is not asked.
+        monkeypatch.setattr(type(device), "probe", lambda _: pytest.fail("it was asked"))
+    with pytest.raises(UsageError, match=f"{name} cannot take onnx's time apart") as caught:
+        _environment(name, base.runtime("onnx"))
+    assert str(caught.value).count("Allowed: ") == 1

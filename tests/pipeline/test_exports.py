@@ -35,3 +35,17 @@ def test_integers_are_made_for_what_is_asked() -> None:
 def test_what_a_runtime_does_not_express_is_refused() -> None:
     with pytest.raises(UsageError, match="onnx does not express scheme w8a16"):
         Exports(Recipe(runtimes=("onnx",), scheme="w8a16"))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "placement", "named"),
+    [
+        ("w8a8", "bogus", r"unknown placement: bogus\. Allowed: pointwise, pointwise-io"),
+        ("float16", "bogus", "unknown placement: bogus"),
+        ("float16", "all", "--placement all with --scheme float16, which has no integers"),
+    ],
+)
+def test_a_placement_that_says_nothing_is_refused(scheme: str, placement: str, named: str) -> None:
+    recipe = {"runtimes": ("openvino",), "scheme": scheme, "placement": placement}
+    with pytest.raises(UsageError, match=named):
+        Exports(Recipe.model_validate(recipe))

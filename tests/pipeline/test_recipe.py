@@ -78,6 +78,7 @@ def test_preprocessing_is_laid_over_key_by_key(toml: Path) -> None:
         ("preprocessing = 3", "preprocessing"),
         ("gate = 3", "gate"),
         ("seed = ", "TOML"),
+        ("x = " + "[" * 5000, "TOML"),
     ],
 )
 def test_a_wrong_recipe_is_a_usage_error_that_names_it(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from pydantic import TypeAdapter
+from rich.console import Console
 
 from pipeline.benchmark import PER_ROUND, ROUNDS
 from pipeline.errors import ArtifactError
@@ -118,6 +120,18 @@ def test_what_only_one_of_them_has_is_said(tmp_path: Path) -> None:
         ("float", "not comparable", "the earlier run has no such row"),
         ("w8a8", "not comparable", "the later run has no such row"),
     ]
+
+
+def test_a_count_that_one_run_lacks_keeps_its_place_in_the_table(tmp_path: Path) -> None:
+    before = run_folder(tmp_path / "a", samples("w8a8", 4.0))
+    counted = {"device": "board", "instructions": 1000, "threads": None}
+    after = run_folder(tmp_path / "b", samples("w8a8", 4.0), **counted)
+    console = Console(width=200, record=True, file=io.StringIO())
+    comparison.show(compare_runs(before, after, "wall"), console)
+    (row,) = (line for line in console.export_text().splitlines() if "board" in line)
+    cells = [cell.strip() for cell in row.strip("│").split("│")]
+    assert cells[1:4] == ["board", "—", "—"]
+    assert cells[6:] == ["not comparable", "the earlier run has no such row"]
 
 
 def test_another_cpu_is_not_comparable(tmp_path: Path) -> None:

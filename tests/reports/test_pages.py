@@ -400,7 +400,7 @@ def test_layouts_and_times_stand_on_the_page(tuned_report: Report, tmp_path: Pat
     for kind in tuned_report.breakdowns[0].ms or {}:
         assert f"<td>{kind}</td>" in page
     assert "2.77 times that" in plain
-    assert "coreml w8a8: not run: coremltools runs models on macOS only" in plain
+    assert "coreml w8a8 on local: not run: coremltools runs models on macOS only" in plain
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import DeviceError
+from pipeline.errors import DeviceError, got_of
 from pipeline.store import CACHE_VARIABLE
 from targets.devices._compiled import COMPILER, INSTALL, compiled
 
@@ -92,7 +92,7 @@ def _refused() -> str | None:
     try:
         environment = hiding(())
     except DeviceError as error:
-        return str(error)
+        return got_of(str(error))
     words = [sys.executable, "-S", "-c", SHOW_LIBRARIES]
     given = {**os.environ, **environment}
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=given)
@@ -110,7 +110,6 @@ def hiding(features: Iterable[str]) -> dict[str, str]:
 
     Raises:
         DeviceError: cpuid.c cannot be compiled, or lies where nothing can be preloaded from.
-        OutputError: The cache cannot be written.
     """
     words = [0] * 8
     for name in features:

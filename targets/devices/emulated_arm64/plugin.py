@@ -13,7 +13,6 @@ def built() -> Path:
     """Return the compiled plugin, compiled now where it is not there yet.
 
     Raises:
-        DeviceError: There is no gcc, or it refuses the source.
-        OutputError: The cache cannot be written.
+        DeviceError: There is no gcc, it refuses the source, or the cache cannot be written.
     """
     return compiled(SOURCE, "emulated-arm64")

@@ -50,6 +50,17 @@ def test_a_cache_that_nothing_can_be_preloaded_from_is_said(
 
 
 @on_a_cpu_that_hides
+def test_a_cache_that_cannot_be_written_is_a_reason(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
+    assert "cpuid.c is not compiled: cannot write" in (cpuid.why_not() or "")
+    with pytest.raises(DeviceError, match="Set CONVNEXT_EDGE_CACHE to another folder"):
+        cpuid.hiding(())
+
+
+@on_a_cpu_that_hides
 def test_a_library_that_is_not_loaded_is_no_quiet_lie(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
