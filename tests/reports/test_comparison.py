@@ -124,7 +124,7 @@ def test_what_only_one_of_them_has_is_said(tmp_path: Path) -> None:
 
 def test_a_count_that_one_run_lacks_keeps_its_place_in_the_table(tmp_path: Path) -> None:
     before = run_folder(tmp_path / "a", samples("w8a8", 4.0))
-    counted = {"device": "board", "instructions": 1000, "threads": None}
+    counted: dict[str, Any] = {"device": "board", "instructions": 1000, "threads": None}
     after = run_folder(tmp_path / "b", samples("w8a8", 4.0), **counted)
     console = Console(width=200, record=True, file=io.StringIO())
     comparison.show(compare_runs(before, after, "wall"), console)
