@@ -21,7 +21,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 from typing import TYPE_CHECKING
 
-import numpy as np
 from pydantic import TypeAdapter
 
 from pipeline.benchmark import noise_image
@@ -82,8 +81,7 @@ class Conditions:
         effort: How many candidates and rounds.
         asked: Whether to measure what is missing, or only to take over what was measured before.
         counts: Whether the device counts instructions, and takes no times.
-        most_macs: Of a network that is measured there.
-        stands_in: Whether the device is one that nobody asked for.
+        stands_in: Whether nobody asked for this device, so that nobody waits long for it.
     """
 
     device: Device
@@ -95,7 +93,6 @@ class Conditions:
     effort: Effort
     asked: bool
     counts: bool = False
-    most_macs: float = np.inf
     stands_in: bool = False
 
     def elsewhere(self, isa: Isa) -> Conditions | None:
@@ -105,10 +102,7 @@ class Conditions:
         device = base.device(STAND_INS[isa])
         counts = counts_instructions(device)
         threads = 1 if counts else self.threads
-        most = MOST_COUNTED_MACS if counts and self.effort == "quick" else np.inf
-        return replace(
-            self, device=device, counts=counts, threads=threads, most_macs=most, stands_in=True
-        )
+        return replace(self, device=device, counts=counts, threads=threads, stands_in=True)
 
     @property
     def per_round(self) -> int:
@@ -220,7 +214,8 @@ class Autotuner:
         """Say why what is missing is not measured."""
         if not self.given.asked:
             return "not measured: run `convnext-edge tune RUN_DIR`"
-        if self.given.macs * self.given.image_shape[0] > self.given.most_macs:
+        large = self.given.macs * self.given.image_shape[0] > MOST_COUNTED_MACS
+        if large and self.given.stands_in and self.given.effort == "quick":
             return (
                 f"so large a network takes minutes on {info.name}: "
                 "`convnext-edge tune RUN_DIR --effort full` waits for it"

@@ -555,9 +555,9 @@ class Accuracy:
 
     @model_validator(mode="after")
     def _counts_are_of_the_images(self) -> Accuracy:
-        if None not in {self.lost, self.gained} and (self.n or 0) < (self.lost or 0) + (
-            self.gained or 0
-        ):
+        if self.lost is None or self.gained is None:
+            return self
+        if self.n is None or self.lost + self.gained > self.n:
             msg = f"lost {self.lost} and gained {self.gained} of {self.n} images"
             raise ValueError(msg)
         return self
