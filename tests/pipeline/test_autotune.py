@@ -302,10 +302,11 @@ def taken(
     found: Sequence[Candidate],
     monkeypatch: pytest.MonkeyPatch,
     keeps: Callable[[Artifact], tuple[bool, Accuracy]] | None = None,
+    scheme: Scheme = "w8a8",
 ) -> Layout:
     device = Stopwatch({})
     stages: Any = None
-    exports = Exports(Recipe(runtimes=("openvino",)))
+    exports = Exports(Recipe(runtimes=("openvino",), scheme=scheme))
     monkeypatch.setattr(Exports, "one", lambda *given: given[-1])
     chooser = Autotuner(stages, exports, conditions(device), keeps)
     info = device.probe()
@@ -373,6 +374,17 @@ def test_float16_that_is_fastest_is_shipped_without_a_placement(
     layout = taken([half, candidate("w8a8", FORMS[0], 0.8), FLOAT], monkeypatch)
     assert (layout.scheme, layout.placement) == ("float16", None)
     assert sentence(layout).startswith("openvino: float16 is shipped, ")
+    assert not ships_float(layout)
+
+
+@pytest.mark.parametrize("scheme", ["float", "float16"])
+def test_what_is_asked_without_integers_need_not_be_faster(
+    scheme: Scheme, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = replace(candidate("w8a8", FORMS[0], 1.0, 0.01), scheme="float16", placement="none")
+    found = [half, FLOAT] if scheme == "float16" else [FLOAT]
+    layout = taken(found, monkeypatch, scheme=scheme)
+    assert (layout.asked, layout.scheme, layout.placement) == (scheme, scheme, None)
     assert not ships_float(layout)
 
 
@@ -508,6 +520,16 @@ def test_nobody_waits_minutes_for_what_nobody_asked(shelf: str) -> None:
     else:
         # What somebody did wait for is taken.
         assert stages.taken == ["tune-emulated-arm64-phone-tflite"]
+
+
+def test_who_names_a_device_waits_for_it_and_hears_that_it_failed() -> None:
+    stages: Any = Shelf("empty")
+    here = Emulated({}, FLAGS["arm"])
+    given = replace(conditions(here, counts=True), macs=2 * 10**9)
+    exports = Exports(Recipe(runtimes=("tflite",)))
+    with pytest.raises(DeviceError, match="it is here"):
+        Autotuner(stages, exports, given, None).run(Path())
+    assert stages.taken == ["tune-emulated-arm64-phone-tflite"]
 
 
 @pytest.mark.usefixtures("stand_in")

@@ -34,6 +34,7 @@ from reports.document import (
 )
 from reports.document import Gate as GateRecord
 from reports.gate import judge, paired_check
+from reports.layouts import without_integers
 from reports.summary import junit, markdown
 
 N = 1000
@@ -179,6 +180,8 @@ def test_float_that_is_shipped_because_it_is_faster_passes_and_counts_as_measure
     half = shipped.model_copy(update={"layouts": (_layout("float16", "float", "w8a8"),)})
     (open_question,) = judge(half, Budget(min_agreement=0.9)).checks
     assert (open_question.outcome, open_question.why) == ("not_run", "onnx ships float16")
+    # float16 that was tried is no integer.
+    assert not without_integers(_layout("float", "float", "float16"))
     # Where integers were not even tried, nothing excuses that they are missing.
     untried = shipped.model_copy(update={"layouts": (_layout("float", "float"),)})
     outcomes = {c.name: c.outcome for c in judge(untried, budget).checks}

@@ -147,15 +147,23 @@ def test_energy_is_that_of_every_package_once_and_goes_on_behind_its_end(
     assert _runner.spent_mj(before, _runner.energy_uj()) is None
 
 
-def test_energy_of_the_turns_adds_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    looks = iter(range(0, 100_000, 1_500))
-    monkeypatch.setattr(_runner, "energy_uj", lambda: {"package-0": (next(looks), 99_999)})
+@pytest.mark.parametrize(("silent", "told"), [((), 3 * 1.5), ((2,), None)])
+def test_energy_is_that_of_all_turns_or_of_none(
+    silent: tuple[int, ...], told: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = iter(range(100))
+
+    def look() -> dict[str, tuple[int, int]]:
+        index = next(looks)
+        return {} if index in silent else {"package-0": (1_500 * index, 99_999)}
+
+    monkeypatch.setattr(_runner, "energy_uj", look)
     np.save(tmp_path / "image.npy", np.zeros((1, 3, 16, 16), np.float32))
     (tmp_path / "JOBS.json").write_text(
         json.dumps({**MEASURE, "processes": False, "jobs": [HARNESS]})
     )
     found = _runner.perform(tmp_path / "JOBS.json", lambda *_: None)
-    assert found["jobs"][0]["energy_mj"] == pytest.approx(3 * 1.5)
+    assert found["jobs"][0]["energy_mj"] == (told and pytest.approx(told))
 
 
 def test_marks_are_seen_from_outside_and_the_libraries_are_told(

@@ -19,6 +19,17 @@ from targets.devices.cpu.device import LEVELS
 
 FEATURES = "from numpy._core._multiarray_umath import __cpu_features__ as f; print(f['AVX512F'])"
 """numpy asks CPUID itself, when it is loaded."""
+ASK = """
+#include <cpuid.h>
+#include <stdio.h>
+int main(void) {
+    for (unsigned subleaf = 0; subleaf < 2; subleaf++) {
+        unsigned a, b, c, d;
+        __cpuid_count(7, subleaf, a, b, c, d);
+        printf("%08x %08x %08x %08x\\n", a, b, c, d);
+    }
+}
+"""
 on_a_cpu_that_hides = pytest.mark.skipif(
     cpuid.why_not() is not None, reason=f"nothing can be hidden here: {cpuid.why_not()}"
 )
@@ -87,9 +98,21 @@ def test_what_is_hidden_is_not_found_by_libraries_threads_and_children() -> None
 
 
 @on_a_cpu_that_hides
-def test_nothing_but_that_is_hidden() -> None:
-    everything = "from numpy._core._multiarray_umath import __cpu_features__ as f; print(f)"
-    assert run(everything, cpuid.hiding(())).stdout == run(everything, {}).stdout
+def test_every_bit_is_hidden_and_no_other(tmp_path: Path) -> None:
+    (tmp_path / "ask.c").write_text(ASK)
+    ask = tmp_path / "ask"
+    subprocess.run(["gcc", str(tmp_path / "ask.c"), "-o", str(ask)], check=True)
+
+    def words(environment: Mapping[str, str]) -> list[int]:
+        given = {**os.environ, **environment}
+        done = subprocess.run([ask], capture_output=True, text=True, check=True, env=given)
+        return [int(word, 16) for word in done.stdout.split()]
+
+    plain, hiding = words({}), cpuid.hiding(cpuid.BITS)
+    hidden = [int(word, 16) for word in hiding[cpuid.VARIABLE].split()]
+    assert words(hiding) == [word & ~bits for word, bits in zip(plain, hidden, strict=True)]
+    assert words(hiding) != plain
+    assert words(cpuid.hiding(())) == plain
 
 
 @on_a_cpu_that_hides
