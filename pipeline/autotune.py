@@ -16,6 +16,7 @@ optimization", 2016 (successive halving).
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
@@ -51,12 +52,14 @@ if TYPE_CHECKING:
     from pipeline.exports import Exports
     from pipeline.records import Accuracy, Architecture, Artifact, Isa
     from pipeline.stages import Stages
-    from pipeline.worker import Progress
+    from pipeline.worker import Progress, Worker
     from targets.base import Device, DeviceInfo, Runtime, Samples
 
 ROUNDS: dict[Effort, int] = {"quick": 6, "full": 12}
 """Of the first heat; the next has twice as many for half the candidates."""
-LEAST_PER_ROUND, MOST_PER_ROUND, MACS_PER_ROUND = 3, 64, 300e6
+HEAT_SECONDS: dict[Effort, float] = {"quick": 10, "full": math.inf}
+"""How long a later heat may last before it has fewer rounds than that."""
+LEAST_PER_ROUND, MOST_PER_ROUND, MACS_PER_ROUND = 2, 64, 300e6
 """Inferences: of a small network many, so that a turn lasts longer than what disturbs it."""
 STAND_INS: Mapping[Isa, str] = {"arm": "emulated-arm64:phone"}
 """Devices on which artifacts for an ISA are measured that the run's own device has not."""
@@ -255,45 +258,29 @@ class Autotuner:
         progress: Progress,
     ) -> None:
         found, paths = dict[Export, Candidate](), dict[Export, Path]()
-        # Where the run's own stages are: a temporary folder elsewhere may be too small.
-        with TemporaryDirectory(dir=folder) as place:
+        with (
+            # Where the run's own stages are: a temporary folder elsewhere may be too small.
+            TemporaryDirectory(dir=folder) as place,
+            self.stages.worker(f"tune-{target.name}") as worker,
+        ):
+
+            def make(one: Export) -> Path | Candidate:
+                return _exported(worker, model, one, Path(mkdtemp(dir=place)))
+
             for index, export in enumerate(wanted):
                 progress(index, len(wanted))
-                inner = Path(place) / str(index)
-                inner.mkdir()
-                made = self._exported(target, model, export, inner)
+                made = make(export)
                 if isinstance(made, Candidate):
                     found[export] = made
                 else:
                     paths[export] = made
             raw = self._heats(paths, found, progress)
             if self.given.effort == "full":
-
-                def make(one: Export) -> Path | Candidate:
-                    inner = Path(mkdtemp(dir=place))
-                    return self._exported(target, model, one, inner)
-
                 raw += self._by_stage(paths, found, make, progress)
         clock = usable(self.given.clock, found.values())
         ranked = sorted(found.values(), key=lambda one: rank(one, clock))
         (folder / MEASURED).write_bytes(_CANDIDATES.dump_json(tuple(ranked), indent=1))
         (folder / SAMPLES).write_bytes(TypeAdapter(list[list[base.Samples]]).dump_json(raw))
-
-    def _exported(
-        self, target: Runtime, model: Path, export: Export, folder: Path
-    ) -> Path | Candidate:
-        """Write a candidate; one whose process dies takes no other one with it."""
-        try:
-            with self.stages.worker(f"tune-{target.name}") as worker:
-                made = worker.call(
-                    "targets.export:export_stage",
-                    model=str(model),
-                    export=asdict(export),
-                    folder=str(folder),
-                )
-        except (WorkerError, ArtifactError) as error:
-            return failed(export, error)
-        return folder / str(made.value["path"])
 
     def _heats(
         self, paths: Mapping[Export, Path], found: dict[Export, Candidate], progress: Progress
@@ -309,8 +296,15 @@ class Autotuner:
             if self.given.counts or len(stay) == len(left):
                 return raw  # counts repeat: another heat would say the same
             left = [export for export in left if found[export] in stay]
-            rounds *= 2
+            rounds = self._rounds_after(rounds, stay)
         return raw
+
+    def _rounds_after(self, rounds: int, stay: Sequence[Candidate]) -> int:
+        """Return twice as many rounds, as far as those who stay leave time for them."""
+        a_round = self.given.per_round * sum(one.wall_p50_ms or 0.0 for one in stay) / 1000
+        if 2 * rounds * a_round <= HEAT_SECONDS[self.given.effort]:
+            return 2 * rounds
+        return max(rounds, int(HEAT_SECONDS[self.given.effort] / a_round))
 
     def _by_stage(
         self,
@@ -458,6 +452,20 @@ class Autotuner:
             float_form=best.graph_form,
         )
         return self.exports.laid_out({target.name: layout}).exports(target)[-1]
+
+
+def _exported(worker: Worker, model: Path, export: Export, folder: Path) -> Path | Candidate:
+    """Write a candidate; one that takes the worker's process with it takes no other one."""
+    try:
+        made = worker.call(
+            "targets.export:export_stage",
+            model=str(model),
+            export=asdict(export),
+            folder=str(folder),
+        )
+    except (WorkerError, ArtifactError) as error:
+        return failed(export, error)
+    return folder / str(made.value["path"])
 
 
 def counts_instructions(device: Device) -> bool:

@@ -85,6 +85,8 @@ def ended_with_all(process: subprocess.Popen[str]) -> Iterator[None]:
 class Worker:
     """One worker process, started at its first call and ended with the `with` block.
 
+    Where the process dies, the next call starts another.
+
     Args:
         log: The file that takes the process's standard error.
         patience: Seconds that the process has to save its work when it is ended in the middle of
@@ -111,19 +113,26 @@ class Worker:
         trace: TracebackType | None,
     ) -> None:
         """End the process, whatever it is doing."""
-        if self._process is not None:
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            try:
-                if self.patience and error is not None:
-                    self._let_save()
-            finally:
-                self._process.kill()
-                self._process.wait()
-                _running.discard(self._process)
-                self._process.stdout.close()
-                with contextlib.suppress(BrokenPipeError):
-                    self._process.stdin.close()
+        try:
+            if self._process is not None and self.patience and error is not None:
+                self._let_save()
+        finally:
+            self._end()
+
+    def _end(self) -> int:
+        """Kill the process, where there is one, and return how it ended."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.kill()
+        code = process.wait()
+        _running.discard(process)
+        process.stdout.close()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        return code
 
     def _let_save(self) -> None:
         """Ask the process to end, and give it time to."""
@@ -166,7 +175,8 @@ class Worker:
                 return self._reply(function, message)
         except BrokenPipeError:
             pass
-        raise self._died(function, process.wait())
+        process.wait()
+        raise self._died(function, self._end())
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:

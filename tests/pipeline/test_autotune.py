@@ -127,12 +127,14 @@ def exports(n: int, n_floats: int) -> list[Export]:
     ]
 
 
-def measured(times: Sequence[float], n_floats: int) -> tuple[list[Candidate], Stopwatch]:
+def measured(
+    times: Sequence[float], n_floats: int, effort: Effort = "quick"
+) -> tuple[list[Candidate], Stopwatch]:
     wanted = exports(len(times), n_floats)
     paths = {one: Path(one.placement) for one in wanted}
     device = Stopwatch({one.placement: time for one, time in zip(wanted, times, strict=True)})
     found: dict[Export, Candidate] = {}
-    tuner(device)._heats(paths, found, silent)
+    tuner(device, effort=effort)._heats(paths, found, silent)
     return [found[one] for one in wanted], device
 
 
@@ -162,6 +164,21 @@ def test_a_later_heat_is_longer() -> None:
     found, device = measured([1.0, 2.0, 3.0, 4.0, 5.0], 1)
     assert [len(heat) for heat in device.heats] == [5, 3, 2]
     assert [one.samples for one in found] == [72, 72, 36, 18, 18]
+
+
+@pytest.mark.parametrize(
+    ("times_ms", "effort", "rounds"),
+    [
+        ([33.0, 66.0, 99.0, 132.0, 165.0], "quick", [6, 8, 16]),  # three of 1.19 s: eight in 10 s
+        ([330.0, 660.0, 990.0, 1320.0, 1650.0], "quick", [6, 6, 6]),  # but never fewer
+        ([33.0, 66.0, 99.0, 132.0, 165.0], "full", [12, 24, 48]),
+    ],
+)
+def test_a_slow_network_has_shorter_heats_where_nobody_waits(
+    times_ms: list[float], effort: Effort, rounds: list[int]
+) -> None:
+    found, _ = measured(times_ms, 1, effort)
+    assert [one.samples for one in found] == [3 * rounds[i] for i in (2, 2, 1, 0, 0)]
 
 
 def test_counts_need_one_heat_and_rank_as_times_do() -> None:
