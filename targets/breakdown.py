@@ -2,7 +2,8 @@
 
 In: an artifact and the folder with its integers. Out: milliseconds of each kind of operation, by
 the runtime's own profiler; the same of the pointwise layers alone, in artifacts of their own, one
-per stage of the network; and what this machine can do at most.
+per stage of the network, which take turns with the whole, so that both see the same noise; and what
+this machine can do at most.
 
 Source: Williams, Waterman and Patterson, "Roofline: an insightful visual performance model", 2009.
 """
@@ -22,7 +23,7 @@ from pydantic import TypeAdapter
 
 from pipeline import quantize
 from pipeline.records import Export
-from targets.base import NotRun, runtime
+from targets.base import NotRun, OpTime, runtime
 from targets.graph import Graph, Input, Linear, Mean, Op, QuantizePair
 from targets.translate import build_graph
 
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pipeline.worker import Progress
-    from targets.base import OpTime, Runtime
+    from targets.base import Image, Runtime
     from targets.graph import Weighted
 
-INFERENCES = 15
+TURNS, PER_TURN = 3, 5
+INFERENCES = TURNS * PER_TURN
 COPIED_BYTES, COPIES = 1 << 26, 5
 """More than caches hold."""
 
@@ -60,22 +62,47 @@ def breakdown_stage(
         The fields of a `Breakdown` from `outcome` on, as JSON.
     """
     target = runtime(name)
-    image = np.zeros(tuple(image_shape), np.float32)
-    progress(0, 2)
-    found = target.op_times(Path(path), image, threads=1, inferences=INFERENCES)
-    if isinstance(found, NotRun):
-        return {"outcome": "not_run", "reason": found.reason}
-    said: dict[str, Any] = {
+    with TemporaryDirectory(dir=folder) as place:
+        parts = None if model is None else _Parts(target, Path(path), Path(model), Path(place))
+        artifacts = [(Path(path), np.zeros(tuple(image_shape), np.float32))]
+        whole, *alone = in_turns(target, artifacts + (parts.artifacts if parts else []), progress)
+    if isinstance(whole, NotRun):
+        return {"outcome": "not_run", "reason": whole.reason}
+    return {
         "outcome": "measured",
         "method": f"{target.name}'s own profiler, medians of {INFERENCES} inferences, 1 thread",
-        **by_kind(found),
+        **by_kind(whole),
+        **(parts.floor(alone) if parts else {}),
     }
-    progress(1, 2)
-    if model is not None:
-        with TemporaryDirectory(dir=folder) as place:
-            said |= _floor(target, Path(path), Path(model), Path(place))
-    progress(2, 2)
-    return said
+
+
+def in_turns(
+    target: Runtime, artifacts: Sequence[tuple[Path, Image]], progress: Progress
+) -> list[list[OpTime] | NotRun]:
+    """Let artifacts take turns at the runtime's profiler; of each operation the median turn."""
+    turns = list[list[list[OpTime] | NotRun]]()
+    for turn in range(TURNS):
+        turns.append([])
+        for index, (path, image) in enumerate(artifacts):
+            progress(turn * len(artifacts) + index, TURNS * len(artifacts))
+            found = target.op_times(path, image, threads=1, inferences=PER_TURN)
+            turns[-1].append(found)
+            if isinstance(found, NotRun) and index == 0:
+                return [found]  # then the others are not asked
+    progress(1, 1)
+    return [_median_turn(list(one)) for one in zip(*turns, strict=True)]
+
+
+def _median_turn(turns: Sequence[list[OpTime] | NotRun]) -> list[OpTime] | NotRun:
+    told = list[list[OpTime]]()
+    for one in turns:
+        if isinstance(one, NotRun):
+            return one
+        told.append(one)
+    return [
+        replace(ops[0], ms=float(np.median([op.ms for op in ops])))
+        for ops in zip(*told, strict=True)
+    ]
 
 
 def by_kind(found: Sequence[OpTime]) -> dict[str, Any]:
@@ -87,35 +114,46 @@ def by_kind(found: Sequence[OpTime]) -> dict[str, Any]:
     return {"inferences": INFERENCES, "ms": dict(ms), "ops": dict(ops)}
 
 
-def _floor(target: Runtime, path: Path, model: Path, folder: Path) -> dict[str, float]:
-    metadata = target.read_metadata(path)
-    export = TypeAdapter(Export).validate_python(json.loads(metadata)["export"])
-    record, arrays = quantize.read(model)
-    graph = build_graph(record, arrays, target.capabilities, export)
-    batch = 1 if export.batch == "dynamic" else export.batch
-    total, rates = 0.0, list[float]()
-    for index, alone in enumerate(pointwise_alone(graph)):
-        artifact = folder / f"{index}{target.capabilities.suffix}"
-        target.export(alone, artifact, metadata)
-        image = np.zeros((batch, *alone.ops[0].shape), np.float32)
-        found = target.op_times(artifact, image, threads=1, inferences=INFERENCES)
-        told = [] if isinstance(found, NotRun) else found
-        ms = sum(one.ms for one in told if one.kind == "pointwise")
-        if not ms:
+class _Parts:
+    """The pointwise layers of an artifact in artifacts of their own, one per stage."""
+
+    def __init__(self, target: Runtime, path: Path, model: Path, folder: Path) -> None:
+        metadata = target.read_metadata(path)
+        self.export = TypeAdapter(Export).validate_python(json.loads(metadata)["export"])
+        record, arrays = quantize.read(model)
+        self.whole = build_graph(record, arrays, target.capabilities, self.export)
+        self.batch = 1 if self.export.batch == "dynamic" else self.export.batch
+        self.graphs = pointwise_alone(self.whole)
+        self.artifacts: list[tuple[Path, Image]] = []
+        for index, graph in enumerate(self.graphs):
+            artifact = folder / f"{index}{target.capabilities.suffix}"
+            target.export(graph, artifact, metadata)
+            image = np.zeros((self.batch, *graph.ops[0].shape), np.float32)
+            self.artifacts.append((artifact, image))
+
+    def floor(self, found: Sequence[list[OpTime] | NotRun]) -> dict[str, float]:
+        """Return the fields of a `Breakdown` that follow from what the parts take."""
+        told = [[] if isinstance(one, NotRun) else one for one in found]
+        ms = [sum(op.ms for op in ops if op.kind == "pointwise") for ops in told]
+        if not all(ms):
             return {}  # too short for the profiler's clock
-        total += ms
-        rates.append(batch * sum(map(macs_of, alone.weighted)) / ms * 1000)
-    copied, macs = bandwidth(), batch * sum(map(macs_of, graph.weighted))
-    of_floats = 2 if export.scheme == "float16" else 4
-    stored = sum(
-        op.weight.size * (of_floats if op.integers is None else 1) for op in graph.weighted
-    )
-    return {
-        "floor_ms": total,
-        "macs_per_second": max(rates),
-        "bytes_per_second": copied,
-        "bound_ms": 1000 * max(macs / max(rates), stored / copied),
-    }
+        rate = max(
+            1000 * self._macs(graph) / one for graph, one in zip(self.graphs, ms, strict=True)
+        )
+        of_floats = 2 if self.export.scheme == "float16" else 4
+        stored = sum(
+            op.weight.size * (of_floats if op.integers is None else 1) for op in self.whole.weighted
+        )
+        copied = bandwidth()
+        return {
+            "floor_ms": sum(ms),
+            "macs_per_second": rate,
+            "bytes_per_second": copied,
+            "bound_ms": 1000 * max(self._macs(self.whole) / rate, stored / copied),
+        }
+
+    def _macs(self, graph: Graph) -> int:
+        return self.batch * sum(map(macs_of, graph.weighted))
 
 
 def pointwise_alone(graph: Graph) -> list[Graph]:

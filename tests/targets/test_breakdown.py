@@ -21,8 +21,8 @@ from pipeline.quantize import Given, quantize, read, write
 from pipeline.records import Architecture, Breakdown, Export, Preprocessing, Scheme
 from pipeline.worker import silent
 from reports import breakdowns
-from targets.base import NotRun, Runtime, placement_of, runtime, runtimes
-from targets.breakdown import breakdown_stage, macs_of, pointwise_alone
+from targets.base import NotRun, OpTime, Runtime, placement_of, runtime, runtimes
+from targets.breakdown import breakdown_stage, in_turns, macs_of, pointwise_alone
 from targets.export import export_stage
 from targets.graph import Graph, Linear, QuantizePair
 from targets.runtimes._op_kinds import kind_of
@@ -155,6 +155,42 @@ def test_the_stage_tells_kinds_floor_and_bound(model: Path, name: str, tmp_path:
     assert f"{total / found.floor_ms:.2f} times" in " ".join(breakdowns.sentences(found))
     assert (breakdowns.draw([found]) or "").count("<svg") == 1
     assert {one.name for one in tmp_path.iterdir()} == {path.name, *beside(path)}
+
+
+def test_whole_and_parts_take_turns_and_one_slow_turn_changes_nothing() -> None:
+    whole, part = Path("whole"), Path("part")
+    slow = [1.0, 1.0, 9.0, 9.0, 1.0, 1.0]  # the machine is disturbed for one turn of both
+    asked = list[Path]()
+
+    class Told:
+        def op_times(self, path: Path, image: Any, **how: Any) -> list[OpTime]:
+            ms = slow[len(asked)] * {whole: 4.0, part: 3.0}[path]
+            asked.append(path)
+            return [OpTime(kind="pointwise", op="Gemm", name=f"{path}.{i}", ms=ms) for i in (1, 2)]
+
+    told: Any = Told()
+    image = np.zeros((1, 3, 8, 8), np.float32)
+    found = in_turns(told, [(whole, image), (part, image)], silent)
+    assert asked == [whole, part] * 3
+    assert [[(one.name, one.ms) for one in ops] for ops in found if isinstance(ops, list)] == [
+        [("whole.1", 4.0), ("whole.2", 4.0)],
+        [("part.1", 3.0), ("part.2", 3.0)],
+    ]
+
+
+def test_parts_that_the_profiler_does_not_tell_leave_the_whole_its_times() -> None:
+    class Told:
+        def op_times(self, path: Path, image: Any, **how: Any) -> list[OpTime] | NotRun:
+            if path.name == "part":
+                return NotRun(reason="other operations than the file has")
+            return [OpTime(kind="gelu", op="Gelu", name="gelu", ms=1.0)]
+
+    told: Any = Told()
+    image = np.zeros((1, 3, 8, 8), np.float32)
+    whole, part = in_turns(told, [(Path("whole"), image), (Path("part"), image)], silent)
+    assert isinstance(whole, list)
+    assert isinstance(part, NotRun)
+    assert in_turns(told, [(Path("part"), image), (Path("whole"), image)], silent) == [part]
 
 
 def test_the_floor_of_float16_is_in_float16(
