@@ -174,7 +174,7 @@ def _decode(
     path: Path, images: ImageSet, how: Preprocessing, skipped: list[str], *, normalise: bool
 ) -> NDArray[np.int64]:
     """Write a set's pixels to an .npy file; return the labels, -1 where there is none."""
-    from calib.preprocess import batches, check_readable
+    from calib.batches import batches, check_readable
 
     left_out: list[str] = []
     shape = (len(images.entries), how.channels, how.input_size, how.input_size)

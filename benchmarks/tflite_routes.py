@@ -33,8 +33,8 @@ from rich.console import Console
 from rich.table import Table
 from scipy.ndimage import gaussian_filter
 
+from calib.batches import batches
 from calib.images import open_images
-from calib.preprocess import batches
 from pipeline.records import Architecture, Export, Preprocessing, Scheme
 from pipeline.statistics import percentile, ratio_interval, sqnr_db
 from targets import graph as g

@@ -33,8 +33,9 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from calib.batches import batches
 from calib.images import open_images
-from calib.preprocess import FILTERS, batches
+from calib.preprocess import FILTERS
 from pipeline.checkpoint import load_model
 from pipeline.convnext import SIZES, seeded
 from pipeline.errors import DataError, EdgeError

@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from calib.preprocess import RGB, Unreadable, check, check_readable, cropped, decoded, fitted
+from calib.batches import check_readable
+from calib.preprocess import RGB, check, cropped, decoded, fitted
+from calib.sources.base import Unreadable
 from pipeline.errors import DataError, MissingRuntimeError, UsageError
 
 if TYPE_CHECKING:

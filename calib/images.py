@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from calib.labels import read_labels, read_order
-from calib.preprocess import Unreadable
-from calib.sources.base import IMAGE_SUFFIXES, SPLIT_NAMES
+from calib.sources.base import IMAGE_SUFFIXES, SPLIT_NAMES, Unreadable
 from calib.sources.digits import Digits
 from calib.sources.opening import open_source
 from calib.sources.synthetic import Synthetic

@@ -1,35 +1,28 @@
-"""Images decoded ahead, in processes of their own.
+"""Work on images done ahead, in processes of its own.
 
-In: an `ImageSet`, a `Preprocessing`, a number of processes; or what to do with each of many
-indices. Out: the same, in the same order, as doing one after the other here gives; a few batches
-wait in memory at any time.
+In: what to do with each of many indices, and a number of processes. Out: the same, in the same
+order, as doing one after the other here gives; a few batches wait in memory at any time.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from calib.preprocess import attempt
 from pipeline.errors import EdgeError, WorkerError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from calib.images import Entry, ImageSet
-    from calib.preprocess import Pixels, Unreadable
-    from pipeline.records import Preprocessing
-
 # A fork of a process whose threads have run torch can hang. A server that has imported torch but
 # computed nothing is forked from instead. On two cores its first start takes 1.6 s and a process
 # 0.25 s from then on; spawn takes 1.5 to 2 s for every process, each time.
 METHOD = "forkserver"
-PRELOAD = ("torch.utils.data", "calib.loader")
+PRELOAD = ("torch.utils.data", "calib.loader", "calib.preprocess")
 PREFETCH = 2
 MAX_CHUNK = 16
 """Images per message; MAX_CHUNK * PREFETCH * workers of them wait at most."""
@@ -58,26 +51,6 @@ class _Done(Dataset["_Found | _Raised"], Generic[_Found]):
             return _Raised(error)
 
 
-def ahead(
-    images: ImageSet, preprocessing: Preprocessing, batch: int, workers: int
-) -> Iterator[tuple[Entry, Pixels | Unreadable]]:
-    """Yield every image's pixels, or what makes it unreadable, in order.
-
-    Args:
-        images: The set.
-        preprocessing: How.
-        batch: How many the caller takes at a time.
-        workers: How many processes, each with one thread (torch's loader sees to that).
-
-    Raises:
-        DataError: As `attempt` raises it in the process.
-        WorkerError: A process died.
-    """
-    do = partial(_attempted, images, preprocessing)
-    found = done_ahead(do, range(len(images.entries)), batch, workers)
-    yield from zip(images.entries, found, strict=True)
-
-
 def done_ahead(
     do: Callable[[int], _Found], indices: Sequence[int], batch: int, workers: int
 ) -> Iterator[_Found]:
@@ -87,7 +60,7 @@ def done_ahead(
         do: What pickles and needs no more than the index.
         indices: Of images.
         batch: How many the caller takes at a time.
-        workers: As of `ahead`.
+        workers: How many processes, each with one thread (torch's loader sees to that).
 
     Raises:
         EdgeError: As `do` raises it in the process.
@@ -120,10 +93,6 @@ def done_ahead(
             allowed="enough memory for the images of all processes",
             do="Decode with fewer workers",
         ) from error
-
-
-def _attempted(images: ImageSet, preprocessing: Preprocessing, index: int) -> Pixels | Unreadable:
-    return attempt(images, images.entries[index], preprocessing)
 
 
 def _as_they_are(items: list[_Found]) -> list[_Found]:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import TypeAdapter
 
+from calib.batches import batches, check_readable
 from calib.collect import collect, merge, save_statistics
 from calib.images import select
-from calib.preprocess import batches, check_readable
 from pipeline import checkpoint
 from pipeline.distributed import group
 from pipeline.fold import fold

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
-from calib.preprocess import spare_workers
+from calib.batches import spare_workers
 from pipeline import benchmark
 from pipeline.errors import ArtifactError, DeviceError, WorkerError
 from pipeline.profiled import told

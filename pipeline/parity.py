@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from pydantic import TypeAdapter
 
+from calib.batches import some_pixels
 from calib.images import select
-from calib.preprocess import some_pixels
 from pipeline.errors import ArtifactError, DeviceError, WorkerError
 from pipeline.exports import MODEL_FILES
 from pipeline.logits import parity

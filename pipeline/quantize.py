@@ -21,11 +21,11 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
+from calib.batches import some_pixels
 from calib.choose import Seen, choose, choose_stream
 from calib.collect import load_statistics
 from calib.images import select
 from calib.layer import IntegerLayer, rounded, unrounded
-from calib.preprocess import some_pixels
 from calib.probe import Behind, FunctionReader, LayerReader
 from pipeline import checkpoint
 from pipeline.arithmetic import BITS, FEW_BITS, weight_grid

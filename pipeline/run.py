@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from calib.preprocess import spare_workers
+from calib.batches import spare_workers
 from pipeline.autotune import Autotuner, Conditions, counts_instructions
 from pipeline.conclude import JUNIT, PAGES, SUMMARY, conclude
 from pipeline.data import choose

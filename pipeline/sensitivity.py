@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import TypeAdapter
 
+from calib.batches import some_pixels
 from calib.images import select
-from calib.preprocess import some_pixels
 from pipeline import quantize
 from pipeline.records import Export, Preprocessing, Selection, Sensitivity
 from pipeline.statistics import divergence, sqnr_db

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from pydantic import TypeAdapter
 
+from calib.batches import batches, check_readable
 from calib.images import select
-from calib.preprocess import batches, check_readable
 from pipeline.distributed import group
 from pipeline.loaded import read_record
 from pipeline.logits import agreement, compare

@@ -29,6 +29,10 @@ _DRIVE = re.compile(r"[A-Za-z]:")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]{0,8})")
 
 
+class Unreadable(DataError):  # noqa: N818 - it says what the image is
+    """An image that is no image or is damaged; `calib.batches` can leave it out."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Labels:
     """The labels of a list of images.

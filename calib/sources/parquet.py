@@ -12,10 +12,10 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from calib.preprocess import Unreadable
 from calib.sources.base import (
     UNLABELLED,
     Labels,
+    Unreadable,
     cannot_read,
     check_count,
     check_size,

@@ -12,9 +12,9 @@ import zipfile
 import zlib
 from typing import TYPE_CHECKING, Any
 
-from calib.preprocess import Unreadable
 from calib.sources.base import (
     Labels,
+    Unreadable,
     cannot_read,
     check_count,
     check_size,

@@ -21,8 +21,8 @@ import typer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from calib.batches import batches
 from calib.images import DIGITS, open_images
-from calib.preprocess import batches
 from pipeline.checkpoint import save
 from pipeline.convnext import ConvNeXt, count_parameters
 from pipeline.records import Architecture, Preprocessing

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from calib.batches import some_pixels
 from calib.images import open_images
-from calib.preprocess import some_pixels
 from pipeline.worker import silent
 from targets.base import Device, Job, Samples, device, runtimes
 from targets.devices.emulated_arm64 import guest, sysroot

@@ -21,7 +21,8 @@ from torch.nn import functional
 from calib import augment
 from calib.augment import batches_per_epoch, crop_box, training_batches
 from calib.images import ImageSet, open_images
-from calib.preprocess import Unreadable, cropped, preprocess
+from calib.preprocess import cropped, preprocess
+from calib.sources.base import Unreadable
 from pipeline.errors import DataError, MissingRuntimeError, UsageError
 from pipeline.records import Augmentation, Preprocessing
 

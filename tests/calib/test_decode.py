@@ -12,7 +12,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from calib.preprocess import Unreadable, decode, preprocess
+from calib.preprocess import decode, preprocess
+from calib.sources.base import Unreadable
 from pipeline.errors import DataError
 from pipeline.records import Preprocessing
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from calib import images
 from calib.images import Entry, ImageSet, open_images, select
-from calib.preprocess import Unreadable
 from calib.sources import base
+from calib.sources.base import Unreadable
 from pipeline.errors import DataError
 from pipeline.records import Architecture, Checkpoint, Selection
 

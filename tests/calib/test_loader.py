@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
+from calib.batches import batches
 from calib.images import ImageSet, open_images
-from calib.preprocess import batches
 from pipeline.errors import DataError, WorkerError
 from pipeline.records import Preprocessing
 

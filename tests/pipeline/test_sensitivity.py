@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from calib.preprocess import some_pixels
+from calib.batches import some_pixels
 from pipeline.quantize import sample_size, write
 from pipeline.records import Preprocessing, QuantizedModel, Selection, Sensitivity
 from pipeline.sensitivity import reference_graph, sensitivities, sensitivity_stage

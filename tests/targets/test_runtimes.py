@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from calib.batches import batches
 from calib.collect import collect
 from calib.images import open_images
-from calib.preprocess import batches
 from pipeline import checkpoint
 from pipeline.errors import UsageError
 from pipeline.fold import fold

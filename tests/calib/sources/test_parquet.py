@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from calib.images import ImageSet, open_images
-from calib.preprocess import Unreadable
 from calib.sources import base, parquet
+from calib.sources.base import Unreadable
 from pipeline.errors import DataError
 
 # It ships no types.

@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from calib.images import ImageSet, open_images
-from calib.preprocess import Unreadable
 from calib.sources import base
+from calib.sources.base import Unreadable
 from calib.sources.zipped import Zip
 from pipeline.errors import DataError
 
