@@ -60,6 +60,7 @@ def ways(runtimes: Sequence[str], isa: Isa) -> tuple[Ours, ...]:
     """
     found = [
         Ours("w8a8", "pointwise", HOSTS),
+        Ours("w8a8", "pointwise-downsample", ("onnx", "openvino")),
         Ours("w8a8", "all", HOSTS),
         Ours("w8a8-dynamic", "pointwise", ("onnx", "tflite")),
         Ours("w8a8-dynamic", "all", ("onnx", "tflite")),

@@ -90,7 +90,8 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
         placement: Annotated[
             str | None,
             typer.Option(
-                help="Layers in integers: pointwise, pointwise-io, pointwise-depthwise, dense, all."
+                help="Layers in integers: pointwise, pointwise-downsample, pointwise-io, "
+                "pointwise-depthwise, dense, all."
             ),
         ] = None,
         tune: Annotated[

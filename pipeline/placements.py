@@ -36,6 +36,7 @@ class Placement:
 POINTWISE = frozenset({Layer.PW1, Layer.PW2})
 PLACEMENTS: dict[str, Placement] = {
     "pointwise": Placement(layers=POINTWISE, outputs=False),
+    "pointwise-downsample": Placement(layers=POINTWISE | {Layer.DOWNSAMPLE}, outputs=False),
     "pointwise-io": Placement(layers=POINTWISE, outputs=True),
     "pointwise-depthwise": Placement(layers=POINTWISE | {Layer.DEPTHWISE}, outputs=True),
     "dense": Placement(layers=frozenset(Layer) - {Layer.DEPTHWISE}, outputs=True),

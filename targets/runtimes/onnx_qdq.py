@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -250,6 +251,9 @@ class _Emitter:
 
     def _conv(self, op: g.Conv | g.Linear) -> None:
         """Emit a convolution, or a linear layer as one of 1x1."""
+        if self._on_patches(op):
+            self._conv_on_patches(op)
+            return
         stride, padding, groups = (
             (op.stride, op.padding, op.groups) if isinstance(op, g.Conv) else (1, 0, 1)
         )
@@ -263,6 +267,42 @@ class _Emitter:
             kernel_shape=_kernel_shape(op)[2:],
         )
         self._put(op, "NCHW", out)
+
+    def _on_patches(self, op: g.Op) -> bool:
+        """Tell whether a convolution is emitted as a linear layer on each of its windows.
+
+        Those do not overlap. Onnxruntime has no integer convolution that writes floats.
+        """
+        return (
+            isinstance(op, g.Conv)
+            and op.integers is not None
+            and isinstance(self.graph[op.inputs[0]], g.QuantizePair)
+            and self.graph.output_site(op) is None
+            and self.graph.export.graph_form == LINEAR
+            and (op.groups, op.padding, [op.stride] * 2) == (1, 0, _kernel_shape(op)[2:])
+        )
+
+    def _conv_on_patches(self, op: g.Conv | g.Linear) -> None:
+        assert op.integers is not None, "_on_patches has seen to it"
+        weight = np.moveaxis(op.integers.weight.reshape(_kernel_shape(op)), 1, -1)
+        flat = replace(op.integers, weight=weight.reshape(len(weight), -1))
+        inputs = [self._as(op.inputs[0], "patches"), *self._weights(replace(op, integers=flat))]
+        self._put(op, "rows", self._node("Gemm", inputs, op.name))
+
+    def _patches(self, name: str, side: int) -> str:
+        """Emit the windows of a value as rows, each of its places' channels one after another."""
+        channels, *lengths = self.graph[name].shape
+        whole = [length // side * side for length in lengths]
+        source = self._as(name, "NHWC")
+        if whole != lengths:  # what no window covers
+            ends = [self._axes(0, 0), self._axes(*whole), self._axes(1, 2)]
+            source = self._node("Slice", [source, *ends], f"{name}.covered")
+        height, width = (length // side for length in whole)
+        places = self._axes(-1, height, side, width, side, channels)
+        split = self._node("Reshape", [source, places], f"{name}.split")
+        turned = self._node("Transpose", [split], f"{name}.turned", perm=[0, 1, 3, 2, 4, 5])
+        row = self._axes(-1, side * side * channels)
+        return self._node("Reshape", [turned, row], f"{name}.patches")
 
     def _linear(self, op: g.Linear) -> None:
         if op.integers is not None and self.graph.export.scheme == "w8a8-dynamic":
@@ -348,6 +388,9 @@ class _Emitter:
         scale = self._constant(f"{op.name}.scale", np.float32(op.parameters.scale))
         zero = self._constant(f"{op.name}.zero", np.uint8(op.parameters.zero_point + 128))
         layout, source = next(iter(self.values[op.inputs[0]].items()))
+        reader = self.graph.users(op.name)[0]
+        if isinstance(reader, g.Conv) and self._on_patches(reader):
+            layout, source = "patches", self._patches(op.inputs[0], reader.stride)
         q = self._node("QuantizeLinear", [source, scale, zero], f"{op.name}.q")
         self._put(op, layout, self._node("DequantizeLinear", [q, scale, zero], op.name))
 

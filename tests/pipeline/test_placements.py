@@ -26,6 +26,8 @@ def test_the_last_contains_the_others() -> None:
         (["pointwise"], "pointwise"),
         (["pointwise", "pointwise-io"], "pointwise-io"),
         (["pointwise", "dense"], "dense"),
+        (["pointwise", "pointwise-downsample"], "pointwise-downsample"),
+        (["pointwise-downsample", "pointwise-io"], "dense"),
         (["pointwise-depthwise", "pointwise-io"], "pointwise-depthwise"),
         (["pointwise-depthwise", "dense"], "all"),
         (["pointwise", "all", "pointwise-io"], "all"),
