@@ -58,7 +58,7 @@ if TYPE_CHECKING:
 ROUNDS: dict[Effort, int] = {"quick": 6, "full": 12}
 """Of the first heat; the next has twice as many for half the candidates."""
 HEAT_SECONDS: dict[Effort, float] = {"quick": 10, "full": math.inf}
-"""How long a later heat may last before it has fewer rounds than that."""
+"""How long a later heat may last before it has fewer rounds than that; never fewer than before."""
 LEAST_PER_ROUND, MOST_PER_ROUND, MACS_PER_ROUND = 2, 64, 300e6
 """Inferences: of a small network many, so that a turn lasts longer than what disturbs it."""
 STAND_INS: Mapping[Isa, str] = {"arm": "emulated-arm64:phone"}
@@ -258,24 +258,24 @@ class Autotuner:
         progress: Progress,
     ) -> None:
         found, paths = dict[Export, Candidate](), dict[Export, Path]()
-        with (
-            # Where the run's own stages are: a temporary folder elsewhere may be too small.
-            TemporaryDirectory(dir=folder) as place,
-            self.stages.worker(f"tune-{target.name}") as worker,
-        ):
-
-            def make(one: Export) -> Path | Candidate:
-                return _exported(worker, model, one, Path(mkdtemp(dir=place)))
-
-            for index, export in enumerate(wanted):
-                progress(index, len(wanted))
-                made = make(export)
-                if isinstance(made, Candidate):
-                    found[export] = made
-                else:
-                    paths[export] = made
+        log = f"tune-{target.name}"
+        # Where the run's own stages are: a temporary folder elsewhere may be too small.
+        with TemporaryDirectory(dir=folder) as place:
+            with self.stages.worker(log) as worker:  # and gone before anything is measured
+                for index, export in enumerate(wanted):
+                    progress(index, len(wanted))
+                    made = _exported(worker, model, export, Path(mkdtemp(dir=place)))
+                    if isinstance(made, Candidate):
+                        found[export] = made
+                    else:
+                        paths[export] = made
             raw = self._heats(paths, found, progress)
             if self.given.effort == "full":
+
+                def make(one: Export) -> Path | Candidate:
+                    with self.stages.worker(log) as worker:
+                        return _exported(worker, model, one, Path(mkdtemp(dir=place)))
+
                 raw += self._by_stage(paths, found, make, progress)
         clock = usable(self.given.clock, found.values())
         ranked = sorted(found.values(), key=lambda one: rank(one, clock))

@@ -91,7 +91,7 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
             str | None,
             typer.Option(
                 help="Layers in integers: pointwise, pointwise-downsample, pointwise-io, "
-                "pointwise-depthwise, dense, all."
+                "pointwise-depthwise, dense, all; tflite has not the first two."
             ),
         ] = None,
         tune: Annotated[

@@ -14,6 +14,7 @@ import json
 import time
 from collections import Counter, defaultdict
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ from targets.graph import Graph, Input, Linear, Mean, Op, QuantizePair
 from targets.translate import build_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from pipeline.worker import Progress
     from targets.base import Image, Runtime
@@ -63,34 +64,52 @@ def breakdown_stage(
     """
     target = runtime(name)
     with TemporaryDirectory(dir=folder) as place:
-        parts = None if model is None else _Parts(target, Path(path), Path(model), Path(place))
-        artifacts = [(Path(path), np.zeros(tuple(image_shape), np.float32))]
-        whole, *alone = in_turns(target, artifacts + (parts.artifacts if parts else []), progress)
-    if isinstance(whole, NotRun):
-        return {"outcome": "not_run", "reason": whole.reason}
+
+        @cache
+        def parts() -> _Parts | None:
+            """Return them; made only where the whole has been told."""
+            return None if model is None else _Parts(target, Path(path), Path(model), Path(place))
+
+        def artifacts() -> Iterator[tuple[Path, Image]]:
+            yield Path(path), np.zeros(tuple(image_shape), np.float32)
+            made = parts()
+            yield from made.artifacts if made else ()
+
+        whole, *alone = in_turns(target, artifacts, progress)
+        if isinstance(whole, NotRun):
+            return {"outcome": "not_run", "reason": whole.reason}
+        made = parts()
     return {
         "outcome": "measured",
-        "method": f"{target.name}'s own profiler, medians of {INFERENCES} inferences, 1 thread",
+        "method": f"{target.name}'s own profiler, medians of {TURNS} turns of {PER_TURN} "
+        "inferences, 1 thread",
         **by_kind(whole),
-        **(parts.floor(alone) if parts else {}),
+        **(made.floor(alone) if made else {}),
     }
 
 
 def in_turns(
-    target: Runtime, artifacts: Sequence[tuple[Path, Image]], progress: Progress
+    target: Runtime, artifacts: Callable[[], Iterable[tuple[Path, Image]]], progress: Progress
 ) -> list[list[OpTime] | NotRun]:
-    """Let artifacts take turns at the runtime's profiler; of each operation the median turn."""
+    """Let artifacts take turns at the runtime's profiler; of each operation the median turn.
+
+    Args:
+        target: The runtime.
+        artifacts: Gives them and an image for each, in every turn the same. Where the first is not
+            told, no other is asked for.
+        progress: Called per artifact.
+    """
     turns = list[list[list[OpTime] | NotRun]]()
     for turn in range(TURNS):
         turns.append([])
-        for index, (path, image) in enumerate(artifacts):
-            progress(turn * len(artifacts) + index, TURNS * len(artifacts))
+        for index, (path, image) in enumerate(artifacts()):
             found = target.op_times(path, image, threads=1, inferences=PER_TURN)
-            turns[-1].append(found)
             if isinstance(found, NotRun) and index == 0:
-                return [found]  # then the others are not asked
-    progress(1, 1)
-    return [_median_turn(list(one)) for one in zip(*turns, strict=True)]
+                return [found]
+            turns[-1].append(found)
+            progress(turn, TURNS)
+    progress(TURNS, TURNS)
+    return [_median_turn(one) for one in zip(*turns, strict=True)]
 
 
 def _median_turn(turns: Sequence[list[OpTime] | NotRun]) -> list[OpTime] | NotRun:
@@ -99,6 +118,9 @@ def _median_turn(turns: Sequence[list[OpTime] | NotRun]) -> list[OpTime] | NotRu
         if isinstance(one, NotRun):
             return one
         told.append(one)
+    # Not by name: OpenVINO names what it makes itself anew in every load.
+    if len({tuple((op.kind, op.op) for op in ops) for ops in told}) > 1:
+        return NotRun(reason="the profiler tells other operations in one turn than in another")
     return [
         replace(ops[0], ms=float(np.median([op.ms for op in ops])))
         for ops in zip(*told, strict=True)

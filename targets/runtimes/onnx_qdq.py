@@ -2,8 +2,10 @@
 
 In: a `Graph`. Out: one .onnx file (opset 20, external data never used). In the form `channels-last
 linear` LayerNorm, GELU and the pointwise layers work on rows of channels, so that onnxruntime fuses
-each dequantize-Gemm into one QGemm with float output; only convolutions see NCHW. In the form `1x1
-convolution` pointwise layers are convolutions too, which become integer where they write integers.
+each dequantize-Gemm into one QGemm with float output; only convolutions see NCHW. Onnxruntime has
+no convolution that reads integers and writes floats: there such a one is a linear layer on its
+windows. In the form `1x1 convolution` pointwise layers are convolutions too, which become integer
+where they write integers.
 Activations are uint8 (the contract's int8 + 128), which is what MLAS's u8 x s8 kernels take.
 
 Where no site says on which grid a linear layer reads (w8a8-dynamic), onnxruntime finds one for each
@@ -167,7 +169,7 @@ class OnnxRuntime:
 
 
 def _kind(op: str, name: str) -> OpKind:
-    if op in LAYOUT_OPS or op == "Reshape":
+    if op in {*LAYOUT_OPS, "Reshape", "Slice"}:
         return "layout"
     if op in QUANTIZE_OPS:
         return "quantize"
@@ -176,7 +178,11 @@ def _kind(op: str, name: str) -> OpKind:
 
 
 class _Emitter:
-    """Walks the graph once; every value may exist as NCHW, as NHWC and as rows of channels."""
+    """Walks the graph once.
+
+    Every value may exist as NCHW, as NHWC, as rows of channels, and what a convolution on patches
+    reads as these.
+    """
 
     def __init__(self, graph: g.Graph) -> None:
         self.graph = graph
@@ -271,14 +277,13 @@ class _Emitter:
     def _on_patches(self, op: g.Op) -> bool:
         """Tell whether a convolution is emitted as a linear layer on each of its windows.
 
-        Those do not overlap. Onnxruntime has no integer convolution that writes floats.
+        Those do not overlap.
         """
         return (
             isinstance(op, g.Conv)
             and op.integers is not None
             and isinstance(self.graph[op.inputs[0]], g.QuantizePair)
             and self.graph.output_site(op) is None
-            and self.graph.export.graph_form == LINEAR
             and (op.groups, op.padding, [op.stride] * 2) == (1, 0, _kernel_shape(op)[2:])
         )
 
@@ -388,9 +393,9 @@ class _Emitter:
         scale = self._constant(f"{op.name}.scale", np.float32(op.parameters.scale))
         zero = self._constant(f"{op.name}.zero", np.uint8(op.parameters.zero_point + 128))
         layout, source = next(iter(self.values[op.inputs[0]].items()))
-        reader = self.graph.users(op.name)[0]
-        if isinstance(reader, g.Conv) and self._on_patches(reader):
-            layout, source = "patches", self._patches(op.inputs[0], reader.stride)
+        for reader in self.graph.users(op.name):
+            if isinstance(reader, g.Conv) and self._on_patches(reader):
+                layout, source = "patches", self._patches(op.inputs[0], reader.stride)
         q = self._node("QuantizeLinear", [source, scale, zero], f"{op.name}.q")
         self._put(op, layout, self._node("DequantizeLinear", [q, scale, zero], op.name))
 
@@ -419,6 +424,7 @@ class _Emitter:
         if layout == "NHWC":
             source = self.values[name]["NCHW"]
             return self._node("Transpose", [source], f"{name}.nhwc", perm=[0, 2, 3, 1])
+        assert layout == "rows", f"{name} is not made into {layout}"
         source = self._as(name, "NHWC")
         return self._node("Reshape", [source, self._axes(-1, shape[0])], f"{name}.rows")
 

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.errors import UsageError, WorkerError
 from pipeline.worker import Worker
+from pipeline.worker import _running as running
 
 FUNCTIONS = """
 import os, signal
@@ -65,6 +66,7 @@ def test_the_next_call_after_a_death_has_another_process(
     assert second != first
     with pytest.raises(ProcessLookupError):
         os.kill(first, 0)  # and the dead one was waited for
+    assert first not in {one.pid for one in running}
 
 
 def test_an_error_leaves_the_process_as_it_is(worker: Worker) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from pipeline.convnext import seeded
 from pipeline.errors import ArtifactError
 from pipeline.fold import fold
 from pipeline.quantize import Given, quantize, read, write
-from pipeline.records import Architecture, Breakdown, Export, Preprocessing, Scheme
+from pipeline.records import Architecture, Breakdown, Export, OpKind, Preprocessing, Scheme
 from pipeline.worker import silent
 from reports import breakdowns
 from targets.base import NotRun, OpTime, Runtime, placement_of, runtime, runtimes
@@ -159,7 +160,7 @@ def test_the_stage_tells_kinds_floor_and_bound(model: Path, name: str, tmp_path:
 
 def test_whole_and_parts_take_turns_and_one_slow_turn_changes_nothing() -> None:
     whole, part = Path("whole"), Path("part")
-    slow = [1.0, 1.0, 9.0, 9.0, 1.0, 1.0]  # the machine is disturbed for one turn of both
+    slow = [2.0, 2.0, 9.0, 9.0, 1.0, 1.0]  # the machine is disturbed for one turn of both
     asked = list[Path]()
 
     class Told:
@@ -170,11 +171,11 @@ def test_whole_and_parts_take_turns_and_one_slow_turn_changes_nothing() -> None:
 
     told: Any = Told()
     image = np.zeros((1, 3, 8, 8), np.float32)
-    found = in_turns(told, [(whole, image), (part, image)], silent)
+    found = in_turns(told, lambda: [(whole, image), (part, image)], silent)
     assert asked == [whole, part] * 3
     assert [[(one.name, one.ms) for one in ops] for ops in found if isinstance(ops, list)] == [
-        [("whole.1", 4.0), ("whole.2", 4.0)],
-        [("part.1", 3.0), ("part.2", 3.0)],
+        [("whole.1", 8.0), ("whole.2", 8.0)],
+        [("part.1", 6.0), ("part.2", 6.0)],
     ]
 
 
@@ -187,10 +188,30 @@ def test_parts_that_the_profiler_does_not_tell_leave_the_whole_its_times() -> No
 
     told: Any = Told()
     image = np.zeros((1, 3, 8, 8), np.float32)
-    whole, part = in_turns(told, [(Path("whole"), image), (Path("part"), image)], silent)
+    artifacts = [(Path("whole"), image), (Path("part"), image)]
+    whole, part = in_turns(told, lambda: artifacts, silent)
     assert isinstance(whole, list)
     assert isinstance(part, NotRun)
-    assert in_turns(told, [(Path("part"), image), (Path("whole"), image)], silent) == [part]
+
+    def part_first() -> Iterator[tuple[Path, Any]]:
+        yield artifacts[1]
+        pytest.fail("where the whole is not told, its parts are not even made")
+
+    assert in_turns(told, part_first, silent) == [part]
+
+
+def test_turns_that_tell_other_operations_tell_nothing() -> None:
+    kinds: Iterator[OpKind] = iter(["gelu", "add", "gelu"])
+
+    class Told:
+        def op_times(self, path: Path, image: Any, **how: Any) -> list[OpTime]:
+            return [OpTime(kind=next(kinds), op="Op", name="name", ms=1.0)]
+
+    told: Any = Told()
+    artifact = (Path("whole"), np.zeros((1, 3, 8, 8), np.float32))
+    [found] = in_turns(told, lambda: [artifact], silent)
+    assert isinstance(found, NotRun)
+    assert "other operations" in found.reason
 
 
 def test_the_floor_of_float16_is_in_float16(
