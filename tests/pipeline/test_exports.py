@@ -40,7 +40,7 @@ def test_what_a_runtime_does_not_express_is_refused() -> None:
 @pytest.mark.parametrize(
     ("scheme", "placement", "named"),
     [
-        ("w8a8", "bogus", r"unknown placement: bogus\. Allowed: pointwise, pointwise-io"),
+        ("w8a8", "bogus", r"unknown placement: bogus\. Allowed: pointwise, pointwise-downsample"),
         ("float16", "bogus", "unknown placement: bogus"),
         ("float16", "all", "--placement all with --scheme float16, which has no integers"),
     ],
