@@ -121,7 +121,7 @@ def _run_folder(session: nox.Session) -> tuple[str, ...]:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Do the main job on the embedded default: four artifacts, a report, the gate."""
+    """Do the main job on the embedded default: artifacts for four runtimes, a report, the gate."""
     _cli(session, "run", "--out", str(RUNS / "demo"), *session.posargs)
 
 

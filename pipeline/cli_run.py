@@ -5,6 +5,7 @@ In: words. Out: a run folder, tables, and an exit code (`pipeline.cli` has them 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -344,17 +345,26 @@ def verify(
     device: Devices = None,
     inventory: Inventory = None,
     images: Annotated[
-        int, typer.Option(min=1, help="Of a device: compare outputs on so many.")
-    ] = 100,
+        int | None, typer.Option(min=1, help="Of a device: compare outputs on so many (100).")
+    ] = None,
 ) -> None:
     """Run a run folder's artifacts over its evaluation images, or compare a device's outputs."""
+    from pipeline.errors import UsageError
     from pipeline.run import Steps
 
+    if images is not None and not device:
+        raise UsageError(
+            f"--images {images} without --device",
+            allowed="--images for the outputs of a device; the artifacts here run over all images",
+            do="Name the devices, or leave --images out",
+        )
     stored = recipe_of(run_dir)
     places = _places(device, None, inventory)
     away = tuple(place for place in places if place.device != stored.device)
     here = len(away) < len(places) or not places
-    steps = Steps(bench=False, choose=False, here=here, places=away, images=images)
+    steps = Steps(bench=False, choose=False, here=here, places=away)
+    if images is not None:
+        steps = replace(steps, images=images)
     finished = _execute(stored, run_dir, steps)
     _conclude(finished, run_dir, finished.unreached(away, "parity"))
 

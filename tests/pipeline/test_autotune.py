@@ -7,15 +7,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
-from pipeline.autotune import Autotuner, Conditions
+from pipeline.autotune import MEASURED, Autotuner, Conditions
 from pipeline.candidates import Effort, failed, in_order
-from pipeline.errors import ArtifactError, DeviceError
+from pipeline.errors import ArtifactError, DeviceError, WorkerError
 from pipeline.exports import Exports
 from pipeline.layouts import read_layouts
 from pipeline.recipe import Recipe
@@ -30,7 +31,7 @@ from pipeline.records import (
     to_json,
 )
 from pipeline.store import Stage
-from pipeline.worker import silent
+from pipeline.worker import Reply, silent
 from reports.document import read_report
 from reports.layouts import sentence, ships_float
 from targets import base
@@ -179,6 +180,53 @@ def test_a_slow_network_has_shorter_heats_where_nobody_waits(
 ) -> None:
     found, _ = measured(times_ms, 1, effort)
     assert [one.samples for one in found] == [3 * rounds[i] for i in (2, 2, 1, 0, 0)]
+
+
+@pytest.mark.parametrize(("macs", "inferences"), [(10**12, 2), (10**8, 3), (10**3, 64)])
+def test_a_turn_of_a_slow_network_is_short(macs: int, inferences: int) -> None:
+    given = replace(conditions(Stopwatch({})), macs=macs)
+    assert given.per_round == inferences
+
+
+def test_an_export_that_dies_takes_no_other_one_and_nobody_waits_while_times_are_taken(
+    tmp_path: Path,
+) -> None:
+    wanted, dying = exports(4, 1), "2"
+
+    class Hand:
+        """One worker for all: it dies of one export."""
+
+        here = False
+
+        def __enter__(self) -> Self:
+            Hand.here = True
+            return self
+
+        def __exit__(self, *raised: object) -> None:
+            Hand.here = False
+
+        def call(self, function: str, *, export: dict[str, Any], **rest: Any) -> Reply:
+            if export["placement"] == dying:
+                raise WorkerError("ended with signal SIGKILL", allowed="", do="")
+            return Reply(value={"path": export["placement"]}, seconds=0.0, peak_memory_bytes=0)
+
+    class Alone(Stopwatch):
+        def measure(self, jobs: Sequence[Job], image: Any, **how: Any) -> list[Samples]:
+            assert not Hand.here
+            self.times = {str(job.path): 1.0 for job in jobs}
+            return super().measure(jobs, image, **how)
+
+    class Workers:
+        def worker(self, name: str) -> Hand:
+            return Hand()
+
+    one = tuner(Alone({}))
+    stages: Any = Workers()
+    one.stages = stages
+    one._measure(one.exports.targets[0], tmp_path, wanted, tmp_path, silent)
+    found = TypeAdapter(list[Candidate]).validate_json((tmp_path / MEASURED).read_bytes())
+    outcomes = {item.placement: item.outcome for item in found}
+    assert outcomes == {"0": "measured", "1": "measured", dying: "failed", "3": "measured"}
 
 
 def test_counts_need_one_heat_and_rank_as_times_do() -> None:
@@ -648,6 +696,7 @@ def test_a_run_folder_is_tuned_and_its_measurements_are_kept(tmp_path: Path) -> 
     [
         (("tune", "nowhere", "--effort", "off"), "--effort is 'off'. Allowed: quick, full"),
         (("tune", "nowhere"), "nowhere is not a run folder"),
+        (("verify", "nowhere", "--images", "20"), "--images 20 without --device"),
         (("run", "--threads", "999", "--out", "x"), "--threads 999 on local, which has"),
     ],
 )
