@@ -99,7 +99,7 @@ def examine(where: str | Path, *, weights: Weights = "auto") -> LoadedCheckpoint
     traits = dialect.traits(file.tensors)
     metadata = _stated(file.metadata)
     architecture = _architecture(tensors, dialect, traits, sidecar, metadata, str(where))
-    _check_against_network(tensors, architecture, str(where))
+    _check_against_network(tensors, architecture, dialect, str(where))
     not_finite = tuple(n for n, t in tensors.items() if not bool(torch.isfinite(t).all()))
     record = Checkpoint(
         path=str(where),
@@ -341,9 +341,10 @@ def _labels(
 
 
 def _check_against_network(
-    tensors: Mapping[str, Tensor], architecture: Architecture, where: str
+    tensors: Mapping[str, Tensor], architecture: Architecture, dialect: Dialect, where: str
 ) -> None:
-    expected = {name: tuple(t.shape) for name, t in empty(architecture).state_dict().items()}
+    whole = empty(architecture).state_dict()
+    expected = {name: tuple(t.shape) for name, t in whole.items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if found == expected:
         return
@@ -351,16 +352,28 @@ def _check_against_network(
     extra = sorted(found.keys() - expected.keys())
     wrong = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
     parts = [
-        *(f"missing {name}" for name in missing[:NAMED]),
+        *(
+            f"missing {_in_file(dialect, name, whole[name], architecture)}"
+            for name in missing[:NAMED]
+        ),
         *(f"unknown {name}" for name in extra[:NAMED]),
-        *(f"{name} has shape {found[name]}, not {expected[name]}" for name in wrong[:NAMED]),
+        *(
+            f"{name} (canonical name) has shape {found[name]}, not {expected[name]}"
+            for name in wrong[:NAMED]
+        ),
     ]
     raise CheckpointError(
         f"{where} is not a ConvNeXt known here: {'; '.join(parts)}"
         f" ({len(missing)} missing, {len(extra)} unknown, {len(wrong)} misshapen)",
-        allowed="exactly the tensors of a ConvNeXt classifier (canonical names above)",
+        allowed="exactly the tensors of a ConvNeXt classifier",
         do="Check that the file is whole and that nothing was added to the network",
     )
+
+
+def _in_file(dialect: Dialect, name: str, tensor: Tensor, architecture: Architecture) -> str:
+    """Return what a checkpoint's own dialect calls a tensor of the network."""
+    (own, _), *_ = dialect.original({name: tensor}, architecture).items()
+    return own
 
 
 def _suspicions(tensors: Mapping[str, Tensor], not_finite: Collection[str]) -> list[str]:

@@ -11,10 +11,12 @@ import json
 import os
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path  # noqa: TC003 - typer reads the annotations when it runs
 from typing import Annotated, NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
 from pipeline import words
 from pipeline.cli_devices import devices_app
@@ -74,8 +76,12 @@ def main() -> None:
 
 
 def _fail(error: EdgeError) -> NoReturn:
-    err_console.print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
+    _print_error(error)
     sys.exit(error.exit_code)
+
+
+def _print_error(error: EdgeError) -> None:
+    err_console.print(f"[bold red]error:[/] {_escape(error)}", soft_wrap=True, highlight=False)
 
 
 def _check_words() -> None:
@@ -99,15 +105,46 @@ def _run_or_serve() -> None:
             sys.exit(INTERRUPTED)  # rank 0 says so
         return
     try:
-        app()
+        code = app(standalone_mode=False)
+    except TyperException as error:
+        raise _of_words(error) from error
     finally:
         release()
+    if code:
+        sys.exit(code)
+
+
+def _of_words(error: TyperException) -> BaseException:
+    """Return what to raise for words that the command line does not know."""
+    said, context = error.format_message(), getattr(error, "ctx", None)
+    if not said:  # no words at all: typer has printed the help
+        return SystemExit(error.exit_code)
+    command = context.command_path if context is not None else app.info.name
+    return UsageError(
+        said.removesuffix("."), allowed=f"what `{command} --help` lists", do="See there"
+    )
 
 
 def _escape(error: EdgeError) -> str:
     from rich.markup import escape
 
     return escape(str(error))
+
+
+def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer calls it so
+    if asked:
+        out_console.print(f"convnext-edge {version('convnext-edge')}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Tell the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Take a ConvNeXt image classifier to ONNX, OpenVINO, TFLite and CoreML, quantized."""
 
 
 # --- judging and looking ----------------------------------------------------------------------
@@ -268,11 +305,15 @@ def predict(
     """Classify images through the artifact's own runtime."""
     from pipeline.predict import classify, show
 
-    predictions = classify(artifact, images, top)
+    predictions, refused = classify(artifact, images, top)
     if as_json:
         sys.stdout.write(json.dumps(predictions, indent=2) + "\n")
-    else:
+    elif predictions:
         show(predictions, out_console)
+    for error in refused[:-1]:
+        _print_error(error)
+    if refused:
+        raise refused[-1]
 
 
 @app.command()

@@ -15,16 +15,14 @@ from rich.console import Console
 from pipeline import words
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from pipeline.recipe import Budget, Recipe
     from pipeline.records import Place
+    from pipeline.results import Asked
     from pipeline.run import Finished
     from reports.document import Gate
 
 app = typer.Typer(
     name="convnext-edge",
-    help="Take a ConvNeXt image classifier to ONNX, OpenVINO, TFLite and CoreML, quantized.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -83,28 +81,43 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
         input_size: Annotated[int | None, typer.Option(help="Side of the image, pixels.")] = None,
         scheme: Annotated[
             str | None,
-            typer.Option(help="float, float16, w8a8, w4a8, w8a16, w8a8-dynamic or w8."),
+            typer.Option(
+                help="float, float16, w8a8, w4a8, w8a16, w8a8-dynamic, w8, or w4a4 with reference.",
+                show_default="w8a8",
+            ),
         ] = None,
         runtimes: Annotated[
-            str | None, typer.Option(help="Comma-separated: onnx,openvino,tflite,coreml.")
+            str | None,
+            typer.Option(
+                help="Comma-separated: onnx,openvino,tflite,coreml,reference.",
+                show_default="onnx,openvino,tflite,coreml",
+            ),
         ] = None,
         placement: Annotated[
             str | None,
             typer.Option(
                 help="Layers in integers: pointwise, pointwise-downsample, pointwise-io, "
-                "pointwise-depthwise, dense, all; tflite has not the first two."
+                "pointwise-depthwise, dense, all; tflite has not the first two.",
+                show_default="each runtime's",
             ),
         ] = None,
         tune: Annotated[
             str | None,
-            typer.Option(help="Graph form and placement by measurement: off, quick or full."),
+            typer.Option(
+                help="Graph form and placement by measurement: off, quick or full.",
+                show_default="quick; off for the embedded model",
+            ),
         ] = None,
         method: Annotated[
             str | None,
-            typer.Option(help="How grids are chosen: search, min-max, percentile, mse, entropy."),
+            typer.Option(
+                help="How grids are chosen: search, min-max, percentile, mse, entropy.",
+                show_default="search",
+            ),
         ] = None,
         rounding: Annotated[
-            str | None, typer.Option(help="Of weights: auto, nearest, gptq or adaround.")
+            str | None,
+            typer.Option(help="Of weights: auto, nearest, gptq or adaround.", show_default="auto"),
         ] = None,
         max_drop: Annotated[
             float | None,
@@ -114,19 +127,35 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
             str | None, typer.Option(help="Comma-separated layers that stay float.")
         ] = None,
         out: Annotated[Path, typer.Option(help="The run folder.")] = DEFAULT_OUT,
-        calibration_images: Annotated[int | None, typer.Option(help="At most this many.")] = None,
-        eval_images: Annotated[int | None, typer.Option(help="At most this many.")] = None,
-        seed: Annotated[int | None, typer.Option(help="Of the draw of images.")] = None,
+        calibration_images: Annotated[
+            int | None, typer.Option(help="At most this many.", show_default="512")
+        ] = None,
+        eval_images: Annotated[
+            int | None, typer.Option(help="At most this many.", show_default="all")
+        ] = None,
+        seed: Annotated[
+            int | None, typer.Option(help="Of the draw of images.", show_default="0")
+        ] = None,
         isa: Annotated[
             str | None,
-            typer.Option(help="Where artifacts will run: auto, avx2, vnni or arm."),
+            typer.Option(
+                help="Where artifacts will run: auto, avx2, vnni or arm.", show_default="auto"
+            ),
         ] = None,
         batch: Annotated[
-            str | None, typer.Option(help="Batch of the artifacts: a number or `dynamic`.")
+            str | None,
+            typer.Option(help="Batch of the artifacts: a number or `dynamic`.", show_default="1"),
         ] = None,
-        bench: Annotated[bool | None, typer.Option("--bench/--no-bench")] = None,
-        device: Annotated[str | None, typer.Option(help="Where latency is measured.")] = None,
-        threads: Annotated[int | None, typer.Option(min=1, help="Threads while measuring.")] = None,
+        bench: Annotated[
+            bool | None,
+            typer.Option("--bench/--no-bench", help="Measure latency.", show_default="bench"),
+        ] = None,
+        device: Annotated[
+            str | None, typer.Option(help="Where latency is measured.", show_default="local")
+        ] = None,
+        threads: Annotated[
+            int | None, typer.Option(min=1, help="Threads while measuring.", show_default="1")
+        ] = None,
         allow_overlap: Annotated[
             bool | None,
             typer.Option("--allow-overlap", help="Images may calibrate and evaluate alike."),
@@ -189,7 +218,8 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
                 "baseline": words.absolute(baseline),
             },
         )
-        steps = Steps(export=export, verify=measure, bench=measure, choose=measure)
+        adds = export and not measure
+        steps = Steps(export=export, verify=measure, bench=measure, choose=measure, adds=adds)
         _conclude(_execute(settings, out, steps), out)
 
 
@@ -200,7 +230,10 @@ _pipeline_command(
     "quantize", "Calibrate and quantize; leaves OUT/model.", export=False, measure=False
 )
 _pipeline_command(
-    "export", "Quantize and export; leaves OUT/artifacts.", export=True, measure=False
+    "export",
+    "Quantize and export; leaves OUT/artifacts, and there what other runtimes have of this model.",
+    export=True,
+    measure=False,
 )
 
 
@@ -289,7 +322,9 @@ def finetune(
     seed: Annotated[
         int | None, typer.Option(help="Of images' order and augmentation.", show_default="0")
     ] = None,
-    bench: Annotated[bool | None, typer.Option("--bench/--no-bench")] = None,
+    bench: Annotated[
+        bool | None, typer.Option("--bench/--no-bench", help="Measure latency.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--restart", help="Go on from an unfinished training.")
     ] = True,
@@ -350,6 +385,7 @@ def verify(
 ) -> None:
     """Run a run folder's artifacts over its evaluation images, or compare a device's outputs."""
     from pipeline.errors import UsageError
+    from pipeline.results import Asked
     from pipeline.run import Steps
 
     if images is not None and not device:
@@ -365,8 +401,8 @@ def verify(
     steps = Steps(bench=False, choose=False, here=here, places=away)
     if images is not None:
         steps = replace(steps, images=images)
-    finished = _execute(stored, run_dir, steps)
-    _conclude(finished, run_dir, finished.unreached(away, "parity"))
+    asked = Asked(here=here, places=away, what="parity")
+    _conclude(_execute(stored, run_dir, steps), run_dir, asked)
 
 
 @app.command()
@@ -379,6 +415,7 @@ def bench(
     """Measure the latency of a run folder's artifacts; a device's rows join the report."""
     from pipeline.recipe import load_recipe
     from pipeline.records import Place
+    from pipeline.results import Asked
     from pipeline.run import Steps
 
     stored = recipe_of(run_dir)
@@ -390,8 +427,8 @@ def bench(
     settings = load_recipe(None, {**stored.model_dump(exclude_none=True), **changes})
     away = tuple(place for place in places if place != own)
     steps = Steps(verify=False, choose=False, here=not places or own in places, places=away)
-    finished = _execute(settings, run_dir, steps)
-    _conclude(finished, run_dir, finished.unreached(away, "latency"))
+    asked = Asked(here=steps.here, places=away)
+    _conclude(_execute(settings, run_dir, steps), run_dir, asked)
 
 
 @app.command()
@@ -498,18 +535,21 @@ def new_display() -> Any:
     return Display(err_console)
 
 
-def _conclude(finished: Finished, out: Path, unreached: Sequence[str] = ()) -> None:
+def _conclude(finished: Finished, out: Path, asked: Asked | None = None) -> None:
+    """Print what a run gave; exit with 1 where something failed or a device was not there."""
     out_console.print(
         f"{len(finished.made)} stages made, {len(finished.reused)} reused", highlight=False
     )
-    if finished.report is None:
+    report = finished.report
+    if report is None:
         out_console.print(f"model: {out / 'model'}", soft_wrap=True, highlight=False)
         return
-    from pipeline.display import print_results
+    from pipeline.results import Asked, print_results, unreached
 
-    print_results(finished.report, out, out_console)
-    print_gate(finished.report.gate)
-    failures = (*finished.failures, *unreached)
+    asked = asked or Asked()
+    print_results(report, out, out_console, asked)
+    print_gate(report.gate)
+    failures = (*finished.failures, *unreached(report, asked))
     if failures:
         for reason in failures:
             err_console.print(f"failed: {reason}", soft_wrap=True, highlight=False, markup=False)

@@ -99,7 +99,7 @@ def choose(recipe: Recipe, model: Checkpoint, progress: Progress) -> Data:
             continue
         raise DataError(
             f"{shared} images are used both to {verb} and to evaluate",
-            allowed="disjoint sets: train/ and val/ in --data, or another --eval",
+            allowed="disjoint sets: train/ and val/ in --data, another --eval, or `--eval none`",
             do="Separate them, or give --allow-overlap and mistrust the accuracy",
         )
     return Data(

@@ -13,60 +13,17 @@ from typing import TYPE_CHECKING, Self
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
     from types import TracebackType
 
-    from pipeline.records import Accuracy, Latency, Preprocessing
+    from pipeline.records import Preprocessing
     from pipeline.worker import Progress as Callback
-    from reports.document import DataSource, Report
+    from reports.document import DataSource
 
 SHOWN = 5
 """How many names a line shows before it only counts."""
-
-
-def print_results(report: Report, out: Path, console: Console) -> None:
-    """Print one line per artifact, and where to look further."""
-    from reports.layouts import sentence
-    from reports.summary import drop_in_points
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("artifact")
-    for title in ("MB", "top-1", "drop, points (95 %)", "SQNR dB", "ms", "x float"):
-        table.add_column(title, justify="right", no_wrap=True)
-    reasons: dict[str, list[str]] = {}
-    for row in report.artifacts:
-        accuracy, latency = row.accuracy, next(iter(row.latency), None)
-        name = f"{row.runtime} {row.scheme}"
-        table.add_row(
-            name,
-            f"{row.size_bytes / 1e6:.2f}",
-            _number(accuracy.top1, ".4f"),
-            drop_in_points(accuracy),
-            _number(accuracy.sqnr_db, ".1f"),
-            _number(latency.wall_p50_ms if latency else None, ".2f"),
-            _number(latency.speedup if latency else None, ".2f"),
-        )
-        results: list[Accuracy | Latency] = [accuracy, *row.latency]
-        for result in results:
-            if result.reason:
-                reasons.setdefault(f"{result.outcome}: {result.reason}", []).append(name)
-    console.print(table)
-    for layout in report.layouts:
-        if layout.source == "measured":
-            console.print(f"  {sentence(layout)}", soft_wrap=True, highlight=False, markup=False)
-    for reason, names in reasons.items():
-        text = f"  {reason} ({', '.join(dict.fromkeys(names))})"
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
-    console.print(f"report: {out / 'report.json'}", soft_wrap=True, highlight=False)
-    console.print(f"page:   {out / 'pages' / 'index.html'}", soft_wrap=True, highlight=False)
-
-
-def _number(value: float | None, form: str) -> str:
-    return "—" if value is None else format(value, form)
 
 
 class Display:

@@ -7,8 +7,7 @@ has no calibration, or where there is no report yet, the quantized model's own.
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -20,18 +19,20 @@ from pipeline.exports import MODEL_FILES
 from pipeline.records import Breakdown, Export, QuantizedModel, Tuning
 from pipeline.run import MODEL
 from pipeline.tune import TUNING
-from pipeline.worker import Worker
+from pipeline.worker import Worker, lasting_log
 from reports import assemble, breakdowns, training, tuning
 from reports.culprits import culprits, median_db, sentences, worst_first
 from reports.document import REPORT, Calibration, read_report
 from reports.pages import share, word
 from reports.summary import drop_in_points
+from reports.terminal import print_whole
 from targets import base
 from targets.base import of_suffix, require_installed
 from targets.export import read_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from pathlib import Path
 
     from rich.console import Console
 
@@ -58,8 +59,14 @@ def explain(out: Path) -> dict[str, Any]:
         and `tuning_says`; `training_says`.
 
     Raises:
-        ArtifactError: The folder has neither a report nor a model, or one is damaged.
+        ArtifactError: It has neither a report nor a model, one is damaged, or it is a file.
     """
+    if out.is_file():
+        raise ArtifactError(
+            f"{out} is a file",
+            allowed="a run folder; with --latency an artifact",
+            do="Name the folder, or add --latency",
+        )
     report = read_report(out) if (out / REPORT).exists() else None
     calibration = report.calibration if report is not None else None
     older = report is not None and "calibration" not in report.model_fields_set
@@ -132,8 +139,7 @@ def explain_latency(artifact: Path, device: str = LOCAL) -> Breakdown:
             allowed="an artifact that `convnext-edge export` of this version wrote",
             do="Export it again",
         ) from error
-    # A message may point at the log: it stays.
-    log = Path(gettempdir()) / "convnext-edge-explain.log"
+    log = lasting_log("explain")
     with TemporaryDirectory() as folder, Worker(log, environment=environment) as worker:
         said = worker.call(
             "targets.breakdown:breakdown_stage",
@@ -187,7 +193,7 @@ def show_latency(found: Breakdown, console: Console) -> None:
     for kind, ms, part, ops in breakdowns.rows(found):
         table.add_row(kind, f"{ms:.3g}", share(part), str(ops), "█" * round(BAR * part))
     if found.ms:
-        _print(table, console)
+        print_whole(table, console)
 
 
 def show(facts: dict[str, Any], console: Console) -> None:
@@ -231,7 +237,7 @@ def show(facts: dict[str, Any], console: Console) -> None:
             str(site.bits),
             style="bold red" if site.site in facts["worst"] else None,
         )
-    _print(table, console)
+    print_whole(table, console)
 
 
 def _show_tuning(facts: dict[str, Any], console: Console) -> None:
@@ -255,7 +261,7 @@ def _show_tuning(facts: dict[str, Any], console: Console) -> None:
             ("yes" if one.kind == "layer" else "in part") if row.left else "",
             style="bold red" if row.left else None,
         )
-    _print(table, console)
+    print_whole(table, console)
 
 
 def _of_model(out: Path) -> Calibration | None:
@@ -318,24 +324,13 @@ def _show_accuracy(rows: list[dict[str, Any]], console: Console) -> None:
         sqnr = "—" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
         images = "—" if row["n"] is None else f"{row['n']:,}"
         table.add_row(_text(row["artifact"]), _text(row["placement"]), images, sqnr, row["drop"])
-    _print(table, console)
+    print_whole(table, console)
 
 
 def _table(first: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column(first, no_wrap=True)
     return table
-
-
-def _print(table: Table, console: Console) -> None:
-    # As wide as it is: a number that is cut is worse than a line that a terminal breaks.
-    whole, before = (
-        console.measure(table, options=console.options.update(max_width=1000)),
-        console.width,
-    )
-    console.width = max(whole.maximum, before)
-    console.print(table, crop=False)
-    console.width = before
 
 
 def _say(text: str, console: Console) -> None:

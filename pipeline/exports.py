@@ -5,6 +5,7 @@ In: a recipe and a folder with a quantized model. Out: one `Artifact` per runtim
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
@@ -29,7 +30,7 @@ from targets.base import check_expressible, placement_of
 from targets.devices.local import host_isa, isa_flags
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from pipeline.recipe import Recipe
@@ -152,16 +153,12 @@ class Exports:
             with stages.worker(f"export-{target.name}") as worker:
                 wanted = self.exports(target)
                 made = [self._artifact(stages, worker, one, model) for one in wanted]
-            if not kept:
-                return made
-            # What is no longer shipped must not stand beside what is.
-            for scheme in set(SCHEMES) - {one.export.scheme for one in made}:
-                shutil.rmtree(
-                    stages.out / ARTIFACTS / f"{target.name}-{scheme}", ignore_errors=True
-                )
-            return [_published(stages, one) for one in made]
+            return [_published(stages, one) for one in made] if kept else made
 
-        return [item for items in stages.side_by_side(export, self.targets) for item in items]
+        found = [item for items in stages.side_by_side(export, self.targets) for item in items]
+        if kept:
+            _remove_others(stages.out / ARTIFACTS, {one.name for one in found})
+        return found
 
     def one(self, stages: Stages, model: Path, wanted: Export) -> Artifact:
         """Return one artifact where its stage left it; it is not the run's yet."""
@@ -223,6 +220,16 @@ def _check_placement(recipe: Recipe) -> None:
             allowed="another --scheme, or no --placement",
             do="Leave one of them out",
         )
+
+
+def _remove_others(folder: Path, shipped: Collection[str]) -> None:
+    """Take away what is no longer shipped: it must not stand beside what is.
+
+    Its stage has it still, and a run that asks for it publishes it again.
+    """
+    for runtime, scheme in itertools.product(base.runtimes(), SCHEMES):
+        if (name := f"{runtime}-{scheme}") not in shipped:
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _published(stages: Stages, artifact: Artifact) -> Artifact:

@@ -214,7 +214,7 @@ def _nothing(got: str) -> CheckpointError:
         got,
         allowed=f"a file ending in {', '.join(SUFFIXES)}, an index of shards ending in "
         f"{' or '.join(INDEX_SUFFIXES)}, a folder with one of them, or {HUB_PREFIX}owner/name",
-        do="Give --checkpoint the path of a checkpoint file",
+        do="Give the path of a checkpoint",
     )
 
 

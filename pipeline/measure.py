@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 
 SAMPLES = "samples"
 NOT_ASKED_VERIFY = "not asked: run `convnext-edge verify RUN_DIR`"
-NOT_ASKED_BENCH = "not asked: run `convnext-edge bench RUN_DIR"
+NOT_ASKED_BENCH = "not asked: run `convnext-edge bench RUN_DIR`"
+NOT_ASKED_THERE = "not asked in this run: `convnext-edge bench RUN_DIR --device {}` asks it again"
 JUDGED_AT_A_TIME = 32
 DATA_LIBRARIES = ("torch", "numpy", "pillow")
 
@@ -353,11 +354,13 @@ class Timing:
 
     def _cannot(self, target: base.Runtime) -> base.NotRun | None:
         """Say why what is missing is not measured now."""
-        cannot = self.device.can_run(target) if self.asked or not self.known else None
-        if cannot is None and not self.asked:
-            named = f" --device {self.device.name}" if self.known else ""
-            return base.NotRun(reason=f"{NOT_ASKED_BENCH}{named}`")
-        return cannot
+        here = isinstance(self.info, base.DeviceInfo) and self.info.machine == base.HOST
+        if self.asked or here:
+            cannot = self.device.can_run(target)
+            if cannot is not None or self.asked:
+                return cannot
+        asks = NOT_ASKED_THERE.format(self.device.name) if self.known else NOT_ASKED_BENCH
+        return base.NotRun(reason=asks)
 
     def breakdowns(self, artifacts: Sequence[Artifact], model: Path) -> list[Breakdown]:
         """Take the time of every artifact apart, where the device's runtimes or it itself can.

@@ -7,6 +7,7 @@ come from the artifact's metadata.
 from __future__ import annotations
 
 from errno import ENOENT
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
@@ -16,18 +17,24 @@ from scipy.special import softmax
 from calib.preprocess import preprocess
 from calib.sources.base import read_capped
 from pipeline.errors import ArtifactError, DataError, printable
+from pipeline.worker import Worker, lasting_log
 from targets.base import run_padded
 from targets.export import read_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from rich.console import Console
 
+    from pipeline.worker import Progress
 
-def classify(artifact: Path, images: Sequence[Path], top: int) -> list[dict[str, Any]]:
-    """Classify image files.
+
+def classify(
+    artifact: Path, images: Sequence[Path], top: int
+) -> tuple[list[dict[str, Any]], list[DataError]]:
+    """Classify image files; one that is none takes nothing from the others.
+
+    A worker does it: what libraries print on the way stands in its log.
 
     Args:
         artifact: An exported artifact.
@@ -35,13 +42,37 @@ def classify(artifact: Path, images: Sequence[Path], top: int) -> list[dict[str,
         top: How many classes per image.
 
     Returns:
-        Per image its `image` and `classes`: label and probability, likeliest first.
+        Per image its `image` and `classes`: label and probability, likeliest first. And what is
+        wrong with files that are no image.
 
     Raises:
         ArtifactError: The artifact is unusable, or its runtime cannot run here.
-        DataError: A file is not an image.
     """
-    stated = read_metadata(artifact)
+    with Worker(lasting_log("predict")) as worker:
+        found = worker.call(
+            "pipeline.predict:classify_stage",
+            artifact=str(artifact),
+            images=list(map(str, images)),
+            top=top,
+        ).value
+    return found["predictions"], [DataError(**one) for one in found["refused"]]
+
+
+def classify_stage(
+    artifact: str, images: list[str], top: int, progress: Progress
+) -> dict[str, list[dict[str, Any]]]:
+    """Do what `classify` says.
+
+    Args:
+        artifact: An exported artifact.
+        images: The files.
+        top: How many classes per image.
+        progress: Called per image.
+
+    Returns:
+        `predictions`, and `refused`: `got`, `allowed` and `do` of every file that is no image.
+    """
+    stated = read_metadata(Path(artifact))
     labels = stated.labels
     if (cannot := stated.runtime.can_run()) is not None:
         raise ArtifactError(
@@ -49,18 +80,23 @@ def classify(artifact: Path, images: Sequence[Path], top: int) -> list[dict[str,
             allowed="an artifact of a runtime that runs on this machine",
             do="See `convnext-edge doctor`",
         )
-    session = stated.runtime.load(artifact, threads=1)
-    predictions = []
-    for image in images:
-        pixels = preprocess(_read(image), str(image), stated.preprocessing)
+    session = stated.runtime.load(Path(artifact), threads=1)
+    predictions, refused = list[dict[str, Any]](), list[dict[str, Any]]()
+    for index, image in enumerate(images):
+        progress(index, len(images))
+        try:
+            pixels = preprocess(_read(Path(image)), image, stated.preprocessing)
+        except DataError as error:
+            refused.append({"got": error.got, "allowed": error.allowed, "do": error.do})
+            continue
         probabilities = softmax(run_padded(session, pixels[None], stated.batch)[0])
         best = probabilities.argsort()[::-1][:top]
         classes = [
             {"label": labels[i] if labels else str(i), "probability": float(probabilities[i])}
             for i in best
         ]
-        predictions.append({"image": str(image), "classes": classes})
-    return predictions
+        predictions.append({"image": image, "classes": classes})
+    return {"predictions": predictions, "refused": refused}
 
 
 def show(predictions: list[dict[str, Any]], console: Console) -> None:

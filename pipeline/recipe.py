@@ -46,6 +46,8 @@ NONE = "none"
 NNCF_SCHEMES: tuple[Scheme, ...] = ("w8a8", "w4a8", "w8")
 """What NNCF's quantizers can express of ours."""
 EMPTY: Mapping[str, Any] = {}
+UNKNOWN = frozenset({"extra_forbidden", "unexpected_keyword_argument"})
+"""What pydantic calls a key that there is not."""
 
 
 class _Strict(BaseModel):
@@ -160,7 +162,9 @@ class Recipe(_Strict):
     eval_images: PositiveInt | None = None
     seed: int = 0
     isa: Literal["auto", "avx2", "vnni", "arm"] = "auto"
-    batch: Batch | Literal["dynamic"] = 1
+    batch: Batch | Literal["dynamic"] = Field(
+        default=1, description="a number from 1, or `dynamic`"
+    )
     allow_overlap: bool = False
     bench: bool = True
     device: str = "local"
@@ -318,33 +322,47 @@ def _validated(
                 allowed="settings that go together",
                 do="Leave one of them out",
             ) from error
-        place = [str(part) for part in first["loc"]] or ["the table"]
-        # Of a choice between types pydantic names the one it tried.
-        name = ".".join(part for part in place if "[" not in part)
-        what = "the options" if place[0] in flags else what
+        place = _place(kind, first["loc"], first["type"])
+        name = ".".join(place)
         raise UsageError(
-            f"{what}: {name} is {first['input']!r} ({first['msg']})",
+            f"{'the options' if place[0] in flags else what}: {name} is {first['input']!r}",
             allowed=_allowed(kind, place, first),
             do=f"Correct {name}",
         ) from error
 
 
+def _place(kind: type[_Strict], location: tuple[str | int, ...], error: str) -> list[str]:
+    """Return the names on the way to a value; of a choice between types pydantic adds the type."""
+    table: Any = kind
+    names = list[str]()
+    for part in map(str, location):
+        known = table is not None and part in _annotations(table)
+        if known or part.isdecimal() or error in UNKNOWN:
+            names.append(part)
+            table = _table(table, part) if known else None
+    return names or ["the table"]
+
+
 def _allowed(kind: type[_Strict], place: list[str], error: Mapping[str, Any]) -> str:
-    if error["type"] in {"extra_forbidden", "unexpected_keyword_argument"}:
+    if error["type"] in UNKNOWN:
         table: Any = kind
         for name in place[:-1]:
             table = _table(table, name)
         return ", ".join(_annotations(table))
-    expected = error.get("ctx", {}).get("expected")
     field = kind.model_fields.get(place[0])
-    return str((field and field.description) or expected or error["msg"])
+    if field is not None and field.description:
+        return field.description
+    if error["type"] == "tuple_type":
+        return 'a list, such as ["one", "two"]'
+    expected = error.get("ctx", {}).get("expected")
+    return str(expected or error["msg"].removeprefix("Input should be "))
 
 
 def _table(kind: Any, name: str) -> Any:
-    """Return what a field holds where it is a table of its own, optional or not."""
+    """Return what a field holds where it is a table of its own, optional or not; else None."""
     annotation = _annotations(kind)[name]
     parts = (annotation, *get_args(annotation))
-    return next(part for part in parts if isinstance(part, type) and _is_table(part))
+    return next((part for part in parts if isinstance(part, type) and _is_table(part)), None)
 
 
 def _annotations(kind: Any) -> dict[str, Any]:

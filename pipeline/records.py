@@ -875,6 +875,7 @@ class Breakdown:
         method: What was asked.
         ms: Milliseconds of each kind of operation: sums of medians.
         ops: How many of each kind are executed.
+        unprofiled_ms: Of the whole without the profiler, which lengthens what is short.
         floor_ms: Of the pointwise layers alone, in an artifact of their own in the same runtime.
         macs_per_second: The rate at which the fastest stage's of them are done.
         bytes_per_second: At which this machine copies memory.
@@ -891,6 +892,7 @@ class Breakdown:
     inferences: int | None = None
     ms: dict[OpKind, float] | None = None
     ops: dict[OpKind, int] | None = None
+    unprofiled_ms: float | None = None
     floor_ms: float | None = None
     macs_per_second: float | None = None
     bytes_per_second: float | None = None

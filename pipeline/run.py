@@ -13,7 +13,7 @@ import shutil
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -85,6 +85,8 @@ class Steps:
     """How far a run goes; a step that is not asked still takes over what was finished before.
 
     `choose` chooses the runtimes' layouts; without it those of the last run that did are kept.
+    `adds` keeps the folder's other runtimes, as long as the integers are the same; without it the
+    folder has those of the recipe.
     `places` are devices beside the recipe's own: there `bench` takes times and `verify` compares
     the outputs of so many `images`; without `here` the recipe's own is left alone.
     `restart` throws an unfinished training away instead of going on from it; `beside` is a run
@@ -95,6 +97,7 @@ class Steps:
     verify: bool = True
     bench: bool = True
     choose: bool = True
+    adds: bool = False
     here: bool = True
     places: tuple[Place, ...] = ()
     images: int = 100
@@ -119,25 +122,6 @@ class Finished:
         for row in self.report.artifacts:
             results += [row.accuracy, *row.latency]
         return tuple(str(r.reason) for r in results if r.outcome == "failed")
-
-    def unreached(self, places: Sequence[Place], what: Literal["latency", "parity"]) -> list[str]:
-        """Return why devices gave nothing that was measured, one line for each that did not.
-
-        Args:
-            places: Where something was asked.
-            what: That was: times, or outputs.
-        """
-        if self.report is None:
-            return []
-        rows: list[Latency] | list[Parity] = [*self.report.parity]
-        if what == "latency":
-            rows = [one for row in self.report.artifacts for one in row.latency]
-        found = []
-        for name in dict.fromkeys(place.device for place in places):
-            ours = [row for row in rows if row.device == name]
-            if ours and all(row.outcome == "not_run" for row in ours):
-                found.append(f"{name} measured nothing: {ours[0].reason}")
-        return found
 
 
 def execute(recipe: Recipe, out: Path, steps: Steps, display: Display) -> Finished:
@@ -271,6 +255,8 @@ class _Run:
     def execute(self, steps: Steps) -> Finished:
         if steps.bench and self.recipe.bench:
             check_threads(self.device.probe(), self.recipe.threads)
+        if self.recipe.checkpoint is None:
+            self.display.note("no --checkpoint: the embedded model, of handwritten digits")
         self.display.preprocessing(self.preprocessing, self.sidecar.source)
         # Three stages that follow one another share a process: torch is slow to import.
         with self.stages.worker(MODEL) as worker:
@@ -290,6 +276,8 @@ class _Run:
         training = None
         if self.recipe.finetune is not None:
             integers, training = self._finetune(steps, integers, loaded, model, data)
+        if steps.adds:
+            self._keep_runtimes(integers)
         # Measuring takes minutes: what stands in the folder is replaced only when all is known.
         layouts = self._layouts(integers, steps, loaded, model, data) if steps.export else {}
         self._publish(integers)
@@ -552,6 +540,17 @@ class _Run:
                 model=integers,
             )
         return lab.parities(artifacts, outputs, data.why_not)
+
+    def _keep_runtimes(self, integers: Path) -> None:
+        """Go on with the runtimes of the folder too, where its model has these integers."""
+        ours = [self.out / MODEL / name for name in MODEL_FILES]
+        if not (self.out / RECIPE).exists() or not all(file.exists() for file in ours):
+            return
+        if any(sha256_file(file) != sha256_file(integers / file.name) for file in ours):
+            return
+        names = dict.fromkeys((*stored_recipe(self.out).runtimes, *self.recipe.runtimes))
+        self.recipe = self.recipe.model_copy(update={"runtimes": tuple(names)})
+        self.exports = Exports(self.recipe)
 
     def _publish(self, integers: Path) -> None:
         """Lay the model where a person looks, and take away what an earlier one left."""

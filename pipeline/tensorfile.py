@@ -136,7 +136,7 @@ def _read(path: Path, weights: Weights) -> _Found:
         raise CheckpointError(
             f"no such checkpoint: {path}",
             allowed="a file that exists",
-            do="Give --checkpoint the path of a checkpoint file",
+            do="Give the path of a checkpoint file",
         ) from error
     if size > MAX_FILE_BYTES:
         raise CheckpointError(

@@ -21,6 +21,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
 from safetensors import SafetensorError
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from types import TracebackType
 
 PROGRESS_SECONDS = 0.05
+PATIENT: Mapping[str, str] = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads that wait for one another sleep: by default they spin, and where another process has a
+core, that multiplies the time of a small network. What the user has set goes before it."""
 NOTHING: Mapping[str, str] = {}
 NO_ROOM = os.strerror(errno.ENOSPC)
 UNWRITABLE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EFBIG})
@@ -80,6 +84,16 @@ def ended_with_all(process: subprocess.Popen[str]) -> Iterator[None]:
         yield
     finally:
         _running.discard(process)
+
+
+def lasting_log(name: str) -> Path:
+    """Return where a worker of a command without a run folder logs: a message may point there.
+
+    Args:
+        name: The command's.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    return Path(gettempdir()) / f"convnext-edge-{user}-{name}.log"
 
 
 class Worker:
@@ -188,7 +202,7 @@ class Worker:
                     stdout=subprocess.PIPE,
                     stderr=log,
                     text=True,
-                    env={**os.environ, **self.environment},
+                    env={**PATIENT, **os.environ, **self.environment},
                     # Ctrl-C is this process's to handle: it ends its workers itself.
                     start_new_session=True,
                 )

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 KINDS: tuple[OpKind, ...] = get_args(OpKind)
 WIDE, LABEL, ROOM, STEP = 620.0, 120.0, 70.0, 30.0
+PROFILER_COSTS = 1.5
+"""Times the time without it: from there on a profile tells of the profiler."""
 LEGEND_COLUMNS, LEGEND_STEP = 5, 18.0
 
 
@@ -46,6 +48,13 @@ def sentences(found: Breakdown) -> tuple[str, ...]:
         return (f"{name}: {found.outcome.replace('_', ' ')}: {found.reason}",)
     total = total_ms(found)
     said = [f"{name}: {total:.3g} ms ({found.method})."]
+    if found.unprofiled_ms and total > PROFILER_COSTS * found.unprofiled_ms:
+        # What is made of such times would contradict the latencies.
+        said.append(
+            f"Without the profiler it takes {found.unprofiled_ms:.3g} ms: the operations are too"
+            " short for it, and most of what it tells is its own."
+        )
+        return tuple(said)
     if found.floor_ms:
         said.append(
             f"Its pointwise layers alone take {found.floor_ms:.3g} ms in this runtime: the whole is"

@@ -17,6 +17,7 @@ from pipeline.benchmark import PER_ROUND
 from pipeline.errors import ArtifactError
 from pipeline.statistics import change
 from reports.document import read_report
+from reports.terminal import print_whole
 from targets.base import Samples
 
 if TYPE_CHECKING:
@@ -227,4 +228,4 @@ def show(changes: list[Change], console: Console) -> None:
             one.verdict,
             one.why,
         )
-    console.print(table)
+    print_whole(table, console)

@@ -229,7 +229,7 @@ def read_report(path: Path) -> Report:
         ) from error
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise ArtifactError(
             f"{file} does not follow the report contract: {where}: {first['msg']}",
             allowed="schema 1, as reports/report.schema.json has it",

@@ -89,12 +89,18 @@ def write_pages(report: Report, folder: Path) -> list[Path]:
     if report.training is not None:
         pages[TRAINING] = _training_page(report, report.training)
     timings = list_timings(report)
-    for device, name in file_names(dict.fromkeys(t.latency.device for t in timings)).items():
+    for device, name in _device_files(report).items():
         ours = tuple(timing for timing in timings if timing.latency.device == device)
         pages[name] = _device_page(report, device, ours)
     for name, text in pages.items():
         write_atomic(folder / name, text.encode())
     return [folder / name for name in pages]
+
+
+def _device_files(report: Report) -> dict[str, str]:
+    """Return the page of every device that something was asked of, by name."""
+    timed = (latency.device for row in report.artifacts for latency in row.latency)
+    return file_names(dict.fromkeys((*timed, *(row.device for row in report.parity))))
 
 
 def file_names(devices: Iterable[str]) -> dict[str, str]:
@@ -191,6 +197,7 @@ def _index(report: Report) -> str:
         trade=[(chart, _verbatim(chart.svg)) for chart in trade],
         agreement=[(chart, _verbatim(chart.svg)) for chart in agreement],
         timings=list_timings(report),
+        device_pages=_device_files(report),
         gaps=list_gaps(report),
         detail=functools.partial(tell_apart, report.artifacts),
         calibration_says=sentences(report.calibration) if report.calibration else (),

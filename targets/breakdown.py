@@ -32,11 +32,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from pipeline.worker import Progress
-    from targets.base import Image, Runtime
+    from targets.base import Image, Runtime, Session
     from targets.graph import Weighted
 
 TURNS, PER_TURN = 3, 5
 INFERENCES = TURNS * PER_TURN
+WARM_UP = 2
 COPIED_BYTES, COPIES = 1 << 26, 5
 """More than caches hold."""
 
@@ -83,6 +84,7 @@ def breakdown_stage(
         "outcome": "measured",
         "method": f"{target.name}'s own profiler, medians of {TURNS} turns of {PER_TURN} "
         "inferences, 1 thread",
+        "unprofiled_ms": unprofiled_ms(target.load(Path(path), threads=1), image_shape),
         **by_kind(whole),
         **(made.floor(alone) if made else {}),
     }
@@ -125,6 +127,21 @@ def _median_turn(turns: Sequence[list[OpTime] | NotRun]) -> list[OpTime] | NotRu
         replace(ops[0], ms=float(np.median([op.ms for op in ops])))
         for ops in zip(*told, strict=True)
     ]
+
+
+def unprofiled_ms(session: Session, image_shape: Sequence[int]) -> float:
+    """Return the median wall time of an inference that nothing looks at.
+
+    Args:
+        session: A loaded artifact.
+        image_shape: NCHW of one input.
+    """
+    image, ms = np.zeros(tuple(image_shape), np.float32), []
+    for _ in range(WARM_UP + INFERENCES):
+        started = time.perf_counter()
+        session(image)
+        ms.append(1000 * (time.perf_counter() - started))
+    return float(np.median(ms[WARM_UP:]))
 
 
 def by_kind(found: Sequence[OpTime]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ LEVELS = (
     {"pipeline.tune", "pipeline.finetune", "pipeline.autotune", "pipeline.layouts"},
     {"pipeline.parity", "pipeline.lab"},
     {"pipeline.run"},
-    {"pipeline.words", "pipeline.explain"},
+    {"pipeline.words", "pipeline.explain", "pipeline.results"},
     {"pipeline.cli", "pipeline.cli_run", "pipeline.cli_devices"},
 )
 """Each level imports from those before it and from itself."""

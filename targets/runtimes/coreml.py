@@ -11,6 +11,8 @@ interpreted, so that an artifact's logits are known wherever it is made.
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,8 +33,6 @@ from targets.runtimes._counts import computing_layers
 from targets.runtimes._mil_file import main_block, read_program, read_spec
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from numpy.typing import NDArray
 
     from targets.base import Image, Logits, OpTime, Session
@@ -74,16 +74,19 @@ class CoreMl:
             ct.RangeDim(1, LARGEST_BATCH) if batch == "dynamic" else batch,
             *graph.ops[0].shape,
         )
-        model = ct.convert(
-            _Emitter(graph).program(),
-            inputs=[ct.TensorType(name=INPUT_NAME, shape=shape)],
-            convert_to="mlprogram",
-            minimum_deployment_target=ct.target.iOS17,
-            compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
-            skip_model_load=True,
-        )
-        model.user_defined_metadata[METADATA_KEY] = metadata
-        model.save(str(path))
+        # By itself coremltools leaves its copy in the system's folder for temporary files.
+        with TemporaryDirectory(dir=path.parent) as folder:
+            model = ct.convert(
+                _Emitter(graph).program(),
+                inputs=[ct.TensorType(name=INPUT_NAME, shape=shape)],
+                convert_to="mlprogram",
+                minimum_deployment_target=ct.target.iOS17,
+                compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
+                skip_model_load=True,
+                package_dir=str(Path(folder) / path.name),
+            )
+            model.user_defined_metadata[METADATA_KEY] = metadata
+            model.save(str(path))
 
     def prove(self, path: Path, graph: g.Graph) -> Proof:
         """Count, in the saved program, layers with an int8 constant and a dequantized input."""

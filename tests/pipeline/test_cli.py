@@ -25,6 +25,7 @@ from PIL import Image
 from pipeline import checkpoint
 from pipeline.cli_run import err_console, out_console
 from pipeline.convnext import seeded
+from pipeline.dialect import all_dialects
 from pipeline.records import Architecture
 
 if TYPE_CHECKING:
@@ -358,6 +359,10 @@ def _predict_no_image(place: Place) -> Asked:
     return Asked(["predict", artifact, place.tmp / "notes.txt"])
 
 
+def _explain_artifact(place: Place) -> Asked:
+    return Asked(["explain", place.exported / "artifacts" / "onnx-float" / "model.onnx"])
+
+
 # --- any ConvNeXt, from anywhere ----------------------------------------------------------------
 
 
@@ -378,6 +383,13 @@ def _hub_without_owner(place: Place) -> Asked:
 
 def _unknown_weights(place: Place) -> Asked:
     return Asked(["inspect", _own(place), "--weights", "best"])
+
+
+def _cut_timm(place: Place) -> Asked:
+    whole = all_dialects()["timm"].original(_state(), TINY)
+    del whole["stages.1.blocks.0.mlp.fc2.bias"]
+    torch.save(whole, place.tmp / "cut.pth")
+    return Asked(["inspect", place.tmp / "cut.pth"])
 
 
 def _absent_average(place: Place) -> Asked:
@@ -469,6 +481,13 @@ def _odd_words(*more: str) -> Asked:
 
 
 CASES = (
+    Case("unknown flag", lambda _: _odd_words("--sead", "1"), ("--sead", "--seed"), code=2),
+    Case("no argument", lambda _: Asked(["verify"]), ("run_dir", "verify --help"), code=2),
+    Case("unknown command", lambda _: Asked(["quantise"]), ("quantise", "--help"), code=2),
+    Case("no threads", lambda _: Asked(["run", "--threads", "0"]), ("--threads", "1"), code=2),
+    Case("batch of words", lambda _: _odd_words("--batch", "two"), ("`dynamic`",), code=2),
+    Case("explain an artifact", _explain_artifact, ("model.onnx", "--latency")),
+    Case("missing tensor", _cut_timm, ("missing stages.1.blocks.0.mlp.fc2.bias",)),
     Case("pipe as image", _predict_from_pipe, ("pipe.png", "not a file")),
     Case("even kernel", _even_kernel, ("even.pth", "side 4", "odd sides")),
     Case("deep metadata", _deep_metadata, ("deep.safetensors", "conv.weight")),

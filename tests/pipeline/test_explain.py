@@ -257,7 +257,7 @@ def _site_without_grid(out: Path) -> None:
     [
         (_nothing, "report.json"),
         (_no_folder, "report.json"),
-        (_a_file, "report.json"),
+        (_a_file, "--latency"),
         (_cut_report, "report contract"),
         (_wrong_calibration, "calibration.sites"),
         (_cut_model, "params.json"),

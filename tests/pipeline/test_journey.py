@@ -78,6 +78,43 @@ def test_predict_names_the_digit(home: Path, artifact: str) -> None:
     assert best["probability"] > 0.5
 
 
+def test_one_bad_file_takes_nothing_from_the_others(home: Path) -> None:
+    held_out = open_images("digits", "evaluation")
+    (home / "good.png").write_bytes(held_out.read(held_out.entries[0]))
+    (home / "bad.png").write_text("no image")
+    files = ("bad.png", "good.png", "absent.png")
+    done = cli("predict", "run/artifacts/onnx-w8a8/model.onnx", *files, "--json", cwd=home)
+    assert done.returncode == 1
+    assert [one["image"] for one in json.loads(done.stdout)] == ["good.png"]
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert ["bad.png" in lines[0], "absent.png" in lines[1]] == [True, True]
+    assert len(lines) == 2
+
+
+def test_export_adds_a_runtime_and_run_has_those_it_names(tmp_path: Path) -> None:
+    how = ("--calibration-images", "8", "--eval", "none", "--out", "run")
+
+    def runtimes_after(*words: str) -> tuple[list[str], list[str]]:
+        done = cli(*words, *how, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        rows = read_report(tmp_path / "run").artifacts
+        lie = sorted(one.name for one in (tmp_path / "run" / "artifacts").iterdir())
+        return list(dict.fromkeys(row.runtime for row in rows)), lie
+
+    onnx, tflite = (["onnx-float", "onnx-w8a8"], ["tflite-float", "tflite-w8a8"])
+    assert runtimes_after("export", "--runtimes", "onnx") == (["onnx"], onnx)
+    both = (["onnx", "tflite"], [*onnx, *tflite])
+    assert runtimes_after("export", "--runtimes", "tflite") == both
+    assert '"tflite"' in (tmp_path / "run" / "recipe.json").read_text()
+    # Other integers: nothing of the old ones stays.
+    other = ("export", "--runtimes", "tflite", "--method", "min-max")
+    assert runtimes_after(*other) == (["tflite"], tflite)
+    back = ("export", "--runtimes", "onnx", "--method", "min-max")
+    assert runtimes_after(*back) == (["tflite", "onnx"], [*onnx, *tflite])
+    alone = ("run", "--runtimes", "onnx", "--method", "min-max", "--no-bench")
+    assert runtimes_after(*alone) == (["onnx"], onnx)
+
+
 @pytest.mark.parametrize(
     ("budget", "code", "word"),
     [("pass", 0, "pass"), ("fail", 3, "fail"), ("open", 4, "inconclusive")],

@@ -177,6 +177,27 @@ def test_a_choice_between_types_is_named_as_it_is_written() -> None:
     assert "Allowed: search, min-max" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("batch = 'two'", "batch is 'two'. Allowed: a number from 1, or `dynamic`. Correct batch."),
+        ("runtimes = 'onnx'", "runtimes is 'onnx'. Allowed: a list, such as"),
+        ("[gate]\nrequire = 'onnx'", "gate.require is 'onnx'. Allowed: a list, such as"),
+        ("[gate]\nmax_latency_ratio = 0", "ratio is 0. Allowed: greater than 0. Correct gate.max"),
+    ],
+)
+def test_what_is_allowed_is_said_once_and_in_words_of_toml(
+    tmp_path: Path, text: str, said: str
+) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_recipe(path, {})
+    assert said in str(caught.value)
+    assert "constrained" not in str(caught.value)
+    assert "Input should be" not in str(caught.value)
+
+
 def test_a_layer_is_named_once() -> None:
     assert Recipe(float_layers=("a", "b", "a")).float_layers == ("a", "b")
 

@@ -20,6 +20,9 @@ def number(progress):
     progress(1, 1)
     return os.getpid()
 
+def policy(progress):
+    return os.environ.get("OMP_WAIT_POLICY")
+
 def die(progress):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -84,3 +87,14 @@ def test_the_process_ends_with_the_block(made: Worker) -> None:
         process = made.call("functions:number").value
     with pytest.raises(ProcessLookupError):
         os.kill(process, 0)
+
+
+def test_waiting_threads_sleep_unless_the_user_says_otherwise(
+    made: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    with made:
+        assert made.call("functions:policy").value == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    with made:
+        assert made.call("functions:policy").value == "ACTIVE"

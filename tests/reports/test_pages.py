@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pipeline.records import Agreement
+from pipeline.records import Agreement, Parity
 from reports import layouts
 from reports.document import Gate, Report
 from reports.pages import contention, escape_markdown, file_names, list_gaps, write_pages
@@ -87,13 +87,41 @@ def test_nothing_from_a_report_becomes_markup(full_report: Report, tmp_path: Pat
 
 @pytest.mark.parametrize("which", ["full_report", "poor_report"])
 def test_the_page_stands_alone(which: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    page = _index(request.getfixturevalue(which), tmp_path)
+    files = write_pages(request.getfixturevalue(which), tmp_path)
+    page = files[0].read_text(encoding="utf-8")
     assert "http://" not in page
     assert "https://" not in page
     assert "@import" not in page
     references = re.findall(r"""(?:href|src)\s*=\s*["']?([^"'\s>]+)""", page)
     references += re.findall(r"url\(([^)]*)\)", page)
-    assert all(one.startswith("#") or one == "data:," for one in references)
+    beside = {file.name for file in files}
+    assert all(one.startswith("#") or one == "data:," or one in beside for one in references)
+
+
+def test_every_device_s_page_is_linked(full_report: Report, tmp_path: Path) -> None:
+    files = write_pages(full_report, tmp_path)
+    page = files[0].read_text(encoding="utf-8")
+    names = [file.name for file in files if file.suffix == ".md"]
+    assert names
+    assert all(f'<a href="{name}">' in page for name in names)
+
+
+def test_what_devices_compute_is_on_the_page(full_report: Report, tmp_path: Path) -> None:
+    saturating = Parity(
+        device="board", runtime="onnx", scheme="w8a8", outcome="measured", against="reference",
+        n=100, top1_agreement=0.97, max_abs_logit_diff=0.5, diff_over_error=2.43,
+    )  # fmt: skip
+    away = replace(saturating, device="phone", outcome="not_run", reason="it is <away>")
+    assert "Do devices agree" not in _index(full_report, tmp_path)
+    report = full_report.model_copy(update={"parity": (saturating, away)})
+    page = _index(report, tmp_path)
+    section = page[page.index("Do devices agree") :].partition("<h2>")[0]
+    assert "97.00 %" in section
+    assert '<span class="tag warn">2.43</span>' in section
+    assert "not run: it is &lt;away&gt;" in section
+    # One of which nothing but outputs is known has a page too.
+    assert '<a href="board.md">' in page
+    assert "97.00 %" in (tmp_path / "board.md").read_text(encoding="utf-8")
 
 
 def test_identifiers_are_unique_and_references_resolve(full_report: Report, tmp_path: Path) -> None:

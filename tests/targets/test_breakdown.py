@@ -153,7 +153,10 @@ def test_the_stage_tells_kinds_floor_and_bound(model: Path, name: str, tmp_path:
     assert found.floor_ms > 0
     assert found.bound_ms > 0
     assert sum(share for _, _, share, _ in breakdowns.rows(found)) == pytest.approx(1)
-    assert f"{total / found.floor_ms:.2f} times" in " ".join(breakdowns.sentences(found))
+    assert found.unprofiled_ms is not None
+    assert 0 < found.unprofiled_ms < 1000
+    told = " ".join(breakdowns.sentences(replace(found, unprofiled_ms=total)))
+    assert f"{total / found.floor_ms:.2f} times" in told
     assert (breakdowns.draw([found]) or "").count("<svg") == 1
     assert {one.name for one in tmp_path.iterdir()} == {path.name, *beside(path)}
 
@@ -229,6 +232,19 @@ def test_the_floor_of_float16_is_in_float16(
     breakdown_stage("openvino", str(path), str(model), (1, 3, SIZE, SIZE), str(tmp_path), silent)
     assert len(seen) > 1
     assert set(seen) == {"float16"}
+
+
+def test_times_that_are_the_profiler_s_own_are_not_held_against_anything() -> None:
+    found = Breakdown(
+        runtime="onnx", scheme="w8a8", device="local", outcome="measured", method="m",
+        inferences=1, ms={"gelu": 1.29}, ops={"gelu": 1}, unprofiled_ms=0.12, floor_ms=0.1,
+        bound_ms=0.01, macs_per_second=1e9, bytes_per_second=1e9,
+    )  # fmt: skip
+    said = " ".join(breakdowns.sentences(found))
+    assert "Without the profiler it takes 0.12 ms" in said
+    assert "times that" not in said
+    assert "roofline" not in said
+    assert "roofline" in " ".join(breakdowns.sentences(replace(found, unprofiled_ms=1.2)))
 
 
 def test_several_devices_are_named_in_the_drawing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -277,3 +278,15 @@ def test_op_times_are_the_plan_s_shares_in_the_program_s_order(planned: Path) ->
     assert sum(one.kind == "quantize" for one in found) == sum(
         one.op.startswith(("quantize", "dequantize")) for one in found
     )
+
+
+def test_an_export_leaves_nothing_beside_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere, place = tmp_path / "temporary", tmp_path / "place"
+    for folder in (elsewhere, place):
+        folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    RUNTIME.export(graph_of("w8a8"), place / "model.mlpackage", "{}")
+    assert [one.name for one in place.iterdir()] == ["model.mlpackage"]
+    assert list(elsewhere.iterdir()) == []
