@@ -42,7 +42,7 @@ from pipeline.candidates import (
 from pipeline.errors import ArtifactError, DeviceError, WorkerError
 from pipeline.records import FLOATING, Candidate, Export, Layout
 from pipeline.store import Stage, file_stem, library_versions
-from reports.layouts import placed
+from reports.layouts import ONE_CANDIDATE, TUNE_OFF, placed
 from targets import base
 from targets.devices.local import isa_of
 
@@ -166,7 +166,7 @@ class Autotuner:
     def _why_not(self, target: Runtime) -> str | None:
         """Say why the device cannot tell what is fastest for a runtime's artifacts."""
         if self.given.effort == "off":
-            return "--tune off"
+            return TUNE_OFF
         info = self.given.device.probe()
         if isinstance(info, base.NotRun):
             return info.reason
@@ -196,7 +196,7 @@ class Autotuner:
             flags=info.isa,
         )
         if len(wanted) == 1:
-            return self.exports.default_layout(target, "there is nothing to choose from")
+            return self.exports.default_layout(target, ONE_CANDIDATE)
         stage = self._stage(target, info, wanted)
         if not self.stages.is_done(stage) and (why := self._not_now(info)) is not None:
             return self.exports.default_layout(target, why)

@@ -99,7 +99,7 @@ def examine(where: str | Path, *, weights: Weights = "auto") -> LoadedCheckpoint
     traits = dialect.traits(file.tensors)
     metadata = _stated(file.metadata)
     architecture = _architecture(tensors, dialect, traits, sidecar, metadata, str(where))
-    _check_against_network(tensors, architecture, dialect, str(where))
+    _check_against_network(tensors, architecture, _Names(dialect, file.tensors), str(where))
     not_finite = tuple(n for n, t in tensors.items() if not bool(torch.isfinite(t).all()))
     record = Checkpoint(
         path=str(where),
@@ -340,8 +340,27 @@ def _labels(
     return labels
 
 
+class _Names:
+    """What a checkpoint file calls the tensors of the network."""
+
+    def __init__(self, dialect: Dialect, stored: Mapping[str, Tensor]) -> None:
+        self.dialect = dialect
+        self.stored = stored
+
+    def of(self, name: str, tensor: Tensor, architecture: Architecture) -> str:
+        """Return the file's name of a tensor, whether it is in the file or should be."""
+        for own, one in self.stored.items():
+            if name in self.dialect.canonical({own: one}):
+                return own
+        try:
+            [own] = self.dialect.original({name: tensor}, architecture)
+        except CheckpointError:  # it has no word for that network, of which something is missing
+            return f"{name} (canonical name)"
+        return own
+
+
 def _check_against_network(
-    tensors: Mapping[str, Tensor], architecture: Architecture, dialect: Dialect, where: str
+    tensors: Mapping[str, Tensor], architecture: Architecture, names: _Names, where: str
 ) -> None:
     whole = empty(architecture).state_dict()
     expected = {name: tuple(t.shape) for name, t in whole.items()}
@@ -351,14 +370,15 @@ def _check_against_network(
     missing = sorted(expected.keys() - found.keys())
     extra = sorted(found.keys() - expected.keys())
     wrong = sorted(n for n in expected.keys() & found.keys() if expected[n] != found[n])
+
+    def called(name: str) -> str:
+        return names.of(name, tensors[name] if name in tensors else whole[name], architecture)
+
     parts = [
+        *(f"missing {called(name)}" for name in missing[:NAMED]),
+        *(f"unknown {called(name)}" for name in extra[:NAMED]),
         *(
-            f"missing {_in_file(dialect, name, whole[name], architecture)}"
-            for name in missing[:NAMED]
-        ),
-        *(f"unknown {name}" for name in extra[:NAMED]),
-        *(
-            f"{name} (canonical name) has shape {found[name]}, not {expected[name]}"
+            f"{called(name)} has shape {found[name]}, not {expected[name]}"
             for name in wrong[:NAMED]
         ),
     ]
@@ -368,12 +388,6 @@ def _check_against_network(
         allowed="exactly the tensors of a ConvNeXt classifier",
         do="Check that the file is whole and that nothing was added to the network",
     )
-
-
-def _in_file(dialect: Dialect, name: str, tensor: Tensor, architecture: Architecture) -> str:
-    """Return what a checkpoint's own dialect calls a tensor of the network."""
-    (own, _), *_ = dialect.original({name: tensor}, architecture).items()
-    return own
 
 
 def _suspicions(tensors: Mapping[str, Tensor], not_finite: Collection[str]) -> list[str]:

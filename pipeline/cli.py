@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import sys
 from importlib.metadata import version
@@ -106,23 +107,28 @@ def _run_or_serve() -> None:
         return
     try:
         code = app(standalone_mode=False)
+    except typer.Abort:
+        err_console.print("aborted")
+        sys.exit(1)
     except TyperException as error:
-        raise _of_words(error) from error
+        if len(sys.argv) == 1:  # typer has printed the help, or has it as its message
+            sys.stderr.write(error.format_message())
+            sys.exit(error.exit_code)
+        raise _of_words(error.format_message()) from error
     finally:
         release()
     if code:
         sys.exit(code)
 
 
-def _of_words(error: TyperException) -> BaseException:
-    """Return what to raise for words that the command line does not know."""
-    said, context = error.format_message(), getattr(error, "ctx", None)
-    if not said:  # no words at all: typer has printed the help
-        return SystemExit(error.exit_code)
-    command = context.command_path if context is not None else app.info.name
-    return UsageError(
-        said.removesuffix("."), allowed=f"what `{command} --help` lists", do="See there"
-    )
+def _of_words(said: str) -> UsageError:
+    """Return what to say of words that the command line does not know."""
+    command = " ".join(word for word in ["convnext-edge", *sys.argv[1:2]] if word[:1] != "-")
+    if said.startswith(f"No such command '{sys.argv[1]}'"):
+        command = "convnext-edge"
+    guess = re.fullmatch(r"(.+)\. Did you mean (.+)\?", said)
+    got = f"{guess[1]} (did you mean {guess[2]}?)" if guess else said.rstrip(".")
+    return UsageError(got, allowed=f"what `{command} --help` lists", do="Correct the command")
 
 
 def _escape(error: EdgeError) -> str:

@@ -59,7 +59,10 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
             ),
         ] = None,
         weights: Annotated[
-            str | None, typer.Option(help="Of a training checkpoint: auto (EMA first), ema, model.")
+            str | None,
+            typer.Option(
+                help="Of a training checkpoint: auto (EMA first), ema, model.", show_default="auto"
+            ),
         ] = None,
         data: Annotated[
             str | None,
@@ -128,7 +131,10 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
         ] = None,
         out: Annotated[Path, typer.Option(help="The run folder.")] = DEFAULT_OUT,
         calibration_images: Annotated[
-            int | None, typer.Option(help="At most this many.", show_default="512")
+            int | None,
+            typer.Option(
+                help="At most this many.", show_default="512; 256 with the embedded model"
+            ),
         ] = None,
         eval_images: Annotated[
             int | None, typer.Option(help="At most this many.", show_default="all")
@@ -217,9 +223,11 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
                 "gate": budget_of(budget),
                 "baseline": words.absolute(baseline),
             },
+            added_to=out if export and not measure else None,
         )
-        adds = export and not measure
-        steps = Steps(export=export, verify=measure, bench=measure, choose=measure, adds=adds)
+        if settings.checkpoint is None:
+            err_console.print("  no --checkpoint: the embedded model, of handwritten digits")
+        steps = Steps(export=export, verify=measure, bench=measure, choose=measure)
         _conclude(_execute(settings, out, steps), out)
 
 
@@ -231,7 +239,7 @@ _pipeline_command(
 )
 _pipeline_command(
     "export",
-    "Quantize and export; leaves OUT/artifacts, and there what other runtimes have of this model.",
+    "Quantize and export; leaves OUT/artifacts. Runtimes there with the same settings stay.",
     export=True,
     measure=False,
 )
@@ -388,15 +396,15 @@ def verify(
     from pipeline.results import Asked
     from pipeline.run import Steps
 
-    if images is not None and not device:
-        raise UsageError(
-            f"--images {images} without --device",
-            allowed="--images for the outputs of a device; the artifacts here run over all images",
-            do="Name the devices, or leave --images out",
-        )
     stored = recipe_of(run_dir)
     places = _places(device, None, inventory)
     away = tuple(place for place in places if place.device != stored.device)
+    if images is not None and not away:
+        raise UsageError(
+            f"--images {images} without another --device than the run's own, {stored.device}",
+            allowed="--images for the outputs of a device; the artifacts here run over all images",
+            do="Name the devices, or leave --images out",
+        )
     here = len(away) < len(places) or not places
     steps = Steps(bench=False, choose=False, here=here, places=away)
     if images is not None:
@@ -457,13 +465,16 @@ def tune(
 # --- shared -------------------------------------------------------------------------------------
 
 
-def _recipe(path: Path | None, flags: dict[str, Any]) -> Recipe:
+def _recipe(path: Path | None, flags: dict[str, Any], added_to: Path | None) -> Recipe:
+    """Return what flags and a recipe ask for; `added_to` is a folder whose runtimes stay."""
+    from pipeline import run
     from pipeline.recipe import load_recipe
-    from pipeline.run import EMBEDDED_RECIPE
 
     # Without a checkpoint the embedded recipe is what the flags are laid over.
     embedded = path is None and flags["checkpoint"] is None
-    settings = load_recipe(EMBEDDED_RECIPE if embedded else path, flags)
+    settings = words.with_places(load_recipe(run.EMBEDDED_RECIPE if embedded else path, flags))
+    if added_to is not None:
+        settings = run.added_to(added_to, settings)
     return _asking_less(settings) if embedded and flags["gate"] is None else settings
 
 

@@ -12,20 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 from rich.markup import escape
-from rich.table import Table
 
 from pipeline.errors import ArtifactError, UsageError, got_of, printable
 from pipeline.exports import MODEL_FILES
 from pipeline.records import Breakdown, Export, QuantizedModel, Tuning
 from pipeline.run import MODEL
 from pipeline.tune import TUNING
-from pipeline.worker import Worker, lasting_log
+from pipeline.worker import Worker, log_without_a_run
 from reports import assemble, breakdowns, training, tuning
 from reports.culprits import culprits, median_db, sentences, worst_first
 from reports.document import REPORT, Calibration, read_report
 from reports.pages import share, word
 from reports.summary import drop_in_points
-from reports.terminal import print_whole
+from reports.terminal import new_table, print_whole
 from targets import base
 from targets.base import of_suffix, require_installed
 from targets.export import read_metadata
@@ -61,9 +60,9 @@ def explain(out: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: It has neither a report nor a model, one is damaged, or it is a file.
     """
-    if out.is_file():
+    if out.is_file() or out.suffix in {one.capabilities.suffix for one in base.runtimes().values()}:
         raise ArtifactError(
-            f"{out} is a file",
+            f"{out} is no run folder",
             allowed="a run folder; with --latency an artifact",
             do="Name the folder, or add --latency",
         )
@@ -139,8 +138,11 @@ def explain_latency(artifact: Path, device: str = LOCAL) -> Breakdown:
             allowed="an artifact that `convnext-edge export` of this version wrote",
             do="Export it again",
         ) from error
-    log = lasting_log("explain")
-    with TemporaryDirectory() as folder, Worker(log, environment=environment) as worker:
+    with (
+        log_without_a_run() as log,
+        TemporaryDirectory() as folder,
+        Worker(log, environment=environment) as worker,
+    ):
         said = worker.call(
             "targets.breakdown:breakdown_stage",
             name=target.name,
@@ -186,9 +188,7 @@ def show_latency(found: Breakdown, console: Console) -> None:
     """Print the sentences, and a row per kind of operation, longest first."""
     for sentence in breakdowns.sentences(found):
         _say(sentence, console)
-    table = _table("kind")
-    for title in ("ms", "share", "operations"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = new_table("kind", "ms", "share", "operations")
     table.add_column("")
     for kind, ms, part, ops in breakdowns.rows(found):
         table.add_row(kind, f"{ms:.3g}", share(part), str(ops), "█" * round(BAR * part))
@@ -212,9 +212,7 @@ def show(facts: dict[str, Any], console: Console) -> None:
     _say(f"{calibration.scheme}, placement {calibration.placement}; {settings}{images}", console)
     if calibration.float_layers:
         _say(f"float layers: {', '.join(calibration.float_layers)}", console)
-    table = _table("site")
-    for title in ("SQNR dB", "plain"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = new_table("site", "SQNR dB", "plain")
     table.add_column("range", no_wrap=True)
     for title in (
         "strength", "minimum", "maximum", "clipped", "spread", "after", "scale", "zero", "bits",
@@ -247,9 +245,7 @@ def _show_tuning(facts: dict[str, Any], console: Console) -> None:
     for sentence in facts["tuning_says"]:
         _say(sentence, console)
     found = TypeAdapter(Tuning).validate_python(facts["tuning"])
-    table = _table("alone in integers")
-    for title in ("SQNR dB", "KL", "MACs", "share", "in float"):
-        table.add_column(title, justify="right", no_wrap=True)
+    table = new_table("alone in integers", "SQNR dB", "KL", "MACs", "share", "in float")
     for row in (*tuning.rows(found, "layer"), *tuning.rows(found, "block")):
         one = row.found
         table.add_row(
@@ -316,7 +312,7 @@ def _show_accuracy(rows: list[dict[str, Any]], console: Console) -> None:
     if not rows:
         _say(UNMEASURED, console)
         return
-    table = _table("artifact")
+    table = new_table("artifact")
     table.add_column("placement", no_wrap=True)
     for title in ("images", "SQNR dB", "drop, points (95 %)"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -325,12 +321,6 @@ def _show_accuracy(rows: list[dict[str, Any]], console: Console) -> None:
         images = "—" if row["n"] is None else f"{row['n']:,}"
         table.add_row(_text(row["artifact"]), _text(row["placement"]), images, sqnr, row["drop"])
     print_whole(table, console)
-
-
-def _table(first: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(first, no_wrap=True)
-    return table
 
 
 def _say(text: str, console: Console) -> None:

@@ -157,7 +157,7 @@ class Exports:
 
         found = [item for items in stages.side_by_side(export, self.targets) for item in items]
         if kept:
-            _remove_others(stages.out / ARTIFACTS, {one.name for one in found})
+            _remove_others(stages, {one.name for one in found})
         return found
 
     def one(self, stages: Stages, model: Path, wanted: Export) -> Artifact:
@@ -222,14 +222,19 @@ def _check_placement(recipe: Recipe) -> None:
         )
 
 
-def _remove_others(folder: Path, shipped: Collection[str]) -> None:
+def _remove_others(stages: Stages, shipped: Collection[str]) -> None:
     """Take away what is no longer shipped: it must not stand beside what is.
 
     Its stage has it still, and a run that asks for it publishes it again.
     """
-    for runtime, scheme in itertools.product(base.runtimes(), SCHEMES):
-        if (name := f"{runtime}-{scheme}") not in shipped:
-            shutil.rmtree(folder / name, ignore_errors=True)
+    names = ("-".join(pair) for pair in itertools.product(base.runtimes(), SCHEMES))
+    gone = [one for one in names if one not in shipped and (stages.out / ARTIFACTS / one).is_dir()]
+    for name in gone:
+        shutil.rmtree(stages.out / ARTIFACTS / name, ignore_errors=True)
+    if gone:
+        stages.display.note(
+            f"no longer asked for, and taken out of {ARTIFACTS}/: {', '.join(gone)}"
+        )
 
 
 def _published(stages: Stages, artifact: Artifact) -> Artifact:

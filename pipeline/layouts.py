@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import ArtifactError, printable
 from pipeline.records import FLOATING, Layout
+from reports.layouts import TUNE_OFF
 from targets import base
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ def kept_layouts(exports: Exports, file: Path, stages: int) -> dict[str, Layout]
     """
     found, kept = read_layouts(file, stages), dict[str, Layout]()
     why = "not chosen by measurement: run `convnext-edge tune RUN_DIR`"
+    if exports.recipe.tune == "off":
+        why = TUNE_OFF
     for target in exports.targets:
         default = exports.default_layout(target, why)
         before = found.get(target.name, default)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 SAMPLES = "samples"
 NOT_ASKED_VERIFY = "not asked: run `convnext-edge verify RUN_DIR`"
 NOT_ASKED_BENCH = "not asked: run `convnext-edge bench RUN_DIR`"
-NOT_ASKED_THERE = "not asked in this run: `convnext-edge bench RUN_DIR --device {}` asks it again"
+NOT_ASKED_THERE = "not asked in this run: `convnext-edge bench RUN_DIR --device {}` asks again"
 JUDGED_AT_A_TIME = 32
 DATA_LIBRARIES = ("torch", "numpy", "pillow")
 
@@ -273,8 +273,8 @@ class Timing:
         image_shape: NCHW of one input.
         asked: Whether to run what is missing, or only to take over what was finished before.
         kept: Whether the samples are the run's: those that are not stay in their stages.
-        info: What the device is, where that is known; then a device of which nothing is asked is
-            not reached for at all.
+        info: What the device is, where that is known; then one of which nothing is asked is not
+            reached for at all, unless it is this machine.
     """
 
     def __init__(
@@ -354,13 +354,12 @@ class Timing:
 
     def _cannot(self, target: base.Runtime) -> base.NotRun | None:
         """Say why what is missing is not measured now."""
-        here = isinstance(self.info, base.DeviceInfo) and self.info.machine == base.HOST
-        if self.asked or here:
+        if self.asked or not self.known or isinstance(self.device, base.InProcesses):
             cannot = self.device.can_run(target)
             if cannot is not None or self.asked:
                 return cannot
-        asks = NOT_ASKED_THERE.format(self.device.name) if self.known else NOT_ASKED_BENCH
-        return base.NotRun(reason=asks)
+        there = self.device.name + (f" --threads {self.threads}" if self.threads > 1 else "")
+        return base.NotRun(reason=NOT_ASKED_THERE.format(there) if self.known else NOT_ASKED_BENCH)
 
     def breakdowns(self, artifacts: Sequence[Artifact], model: Path) -> list[Breakdown]:
         """Take the time of every artifact apart, where the device's runtimes or it itself can.

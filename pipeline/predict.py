@@ -17,7 +17,7 @@ from scipy.special import softmax
 from calib.preprocess import preprocess
 from calib.sources.base import read_capped
 from pipeline.errors import ArtifactError, DataError, printable
-from pipeline.worker import Worker, lasting_log
+from pipeline.worker import Worker, log_without_a_run
 from targets.base import run_padded
 from targets.export import read_metadata
 
@@ -48,7 +48,7 @@ def classify(
     Raises:
         ArtifactError: The artifact is unusable, or its runtime cannot run here.
     """
-    with Worker(lasting_log("predict")) as worker:
+    with log_without_a_run() as log, Worker(log) as worker:
         found = worker.call(
             "pipeline.predict:classify_stage",
             artifact=str(artifact),

@@ -46,6 +46,14 @@ NONE = "none"
 NNCF_SCHEMES: tuple[Scheme, ...] = ("w8a8", "w4a8", "w8")
 """What NNCF's quantizers can express of ours."""
 EMPTY: Mapping[str, Any] = {}
+_A_TABLE, _A_LIST = "a table: its name in [brackets], its keys below", "a list, in [brackets]"
+IN_WORDS = {
+    "model_type": _A_TABLE,
+    "dataclass_type": _A_TABLE,
+    "tuple_type": _A_LIST,
+    "too_short": "a list of at least one",
+}
+"""Kinds of pydantic's errors whose messages speak Python."""
 UNKNOWN = frozenset({"extra_forbidden", "unexpected_keyword_argument"})
 """What pydantic calls a key that there is not."""
 
@@ -314,7 +322,7 @@ def _validated(
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        if not first["loc"]:
+        if not first["loc"] and first["type"] == "value_error":
             # Settings that do not go together: the message says which.
             said = first["msg"].partition(", ")[2] or first["msg"]
             raise UsageError(
@@ -323,11 +331,14 @@ def _validated(
                 do="Leave one of them out",
             ) from error
         place = _place(kind, first["loc"], first["type"])
-        name = ".".join(place)
+        name, got = ".".join(place), f"is {first['input']!r}"
+        do = f"Correct {name}"
+        if first["type"] in UNKNOWN:
+            got, do = "is not known", f"Correct or remove {name}"
         raise UsageError(
-            f"{'the options' if place[0] in flags else what}: {name} is {first['input']!r}",
+            f"{'the options' if place[0] in flags else what}: {name} {got}",
             allowed=_allowed(kind, place, first),
-            do=f"Correct {name}",
+            do=do,
         ) from error
 
 
@@ -352,10 +363,9 @@ def _allowed(kind: type[_Strict], place: list[str], error: Mapping[str, Any]) ->
     field = kind.model_fields.get(place[0])
     if field is not None and field.description:
         return field.description
-    if error["type"] == "tuple_type":
-        return 'a list, such as ["one", "two"]'
+    words = IN_WORDS.get(error["type"])
     expected = error.get("ctx", {}).get("expected")
-    return str(expected or error["msg"].removeprefix("Input should be "))
+    return str(words or expected or error["msg"].removeprefix("Input should be ").split(",")[0])
 
 
 def _table(kind: Any, name: str) -> Any:

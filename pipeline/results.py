@@ -9,11 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from rich.table import Table
-
-from reports.layouts import sentence
+from reports.layouts import ONE_CANDIDATE, TUNE_OFF, sentence
 from reports.summary import MISSING, drop_in_points
-from reports.terminal import print_whole
+from reports.terminal import new_table, print_whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -24,8 +22,8 @@ if TYPE_CHECKING:
     from pipeline.records import Accuracy, Latency, Layout, Parity, Place
     from reports.document import Report
 
-SAID_BEFORE = frozenset({"--tune off", "there is nothing to choose from"})
-"""Reasons for a default that nobody needs to be told."""
+HELD = "cpu:"
+"""What the names of this CPU held to an instruction set begin with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,11 +46,11 @@ def print_results(report: Report, out: Path, console: Console, asked: Asked) -> 
     if asked.here:
         _print_artifacts(report, console)
         _print_layouts(report.layouts, console)
-    for place in asked.places:
+    for place in _places(asked):
         if _why_nothing(report, place, asked) is not None:
             continue  # that is said as a failure
         if asked.what == "parity":
-            _print_outputs(report, place, console)
+            _print_outputs(report, place.device, console)
         else:
             _print_times(report, place, console)
     console.print(f"report: {out / 'report.json'}", soft_wrap=True, highlight=False)
@@ -61,24 +59,31 @@ def print_results(report: Report, out: Path, console: Console, asked: Asked) -> 
 
 def unreached(report: Report, asked: Asked) -> list[str]:
     """Return why devices gave nothing that was measured, one line for each that did not."""
-    found = ((place.device, _why_nothing(report, place, asked)) for place in asked.places)
-    lines = (f"{device} measured nothing: {why}" for device, why in found if why is not None)
-    return list(dict.fromkeys(lines))
+    found = ((place.device, _why_nothing(report, place, asked)) for place in _places(asked))
+    return [f"{device} measured nothing: {why}" for device, why in found if why is not None]
+
+
+def _places(asked: Asked) -> list[Place]:
+    """Return the places of which something is told: of outputs, each device once."""
+    if asked.what == "latency":
+        return list(asked.places)
+    return list({place.device: place for place in asked.places}.values())
 
 
 def _why_nothing(report: Report, place: Place, asked: Asked) -> str | None:
-    """Return why all rows of a place are not_run; None where one is something else."""
+    """Return why all rows of a place are not_run, every reason once; else None."""
     rows: list[Latency | Parity] = (
-        [*_outputs_at(report, place)]
+        [*_outputs_on(report, place.device)]
         if asked.what == "parity"
         else [one for _, one in _times_at(report, place)]
     )
-    nothing = rows and all(row.outcome == "not_run" for row in rows)
-    return f"{rows[0].reason}" if nothing else None
+    if not rows or any(row.outcome != "not_run" for row in rows):
+        return None
+    return "; ".join(dict.fromkeys(str(row.reason) for row in rows))
 
 
 def _print_artifacts(report: Report, console: Console) -> None:
-    table = _table("artifact", "MB", "top-1", "drop, points (95 %)", "SQNR dB", "ms", "x float")
+    table = new_table("artifact", "MB", "top-1", "drop, points (95 %)", "SQNR dB", "ms", "x float")
     reasons: list[tuple[str, Accuracy | Latency]] = []
     timed: Latency | None = None
     for row in report.artifacts:
@@ -108,7 +113,7 @@ def _print_layouts(layouts: Iterable[Layout], console: Console) -> None:
     for layout in layouts:
         if layout.source == "measured":
             _say(sentence(layout), console)
-        elif layout.reason not in SAID_BEFORE:
+        elif layout.reason not in {TUNE_OFF, ONE_CANDIDATE}:
             untuned.setdefault(layout.reason, []).append(layout.runtime)
     for reason, names in untuned.items():
         _say(f"{', '.join(names)}: default form and placement ({reason})", console)
@@ -118,17 +123,17 @@ def _print_times(report: Report, place: Place, console: Console) -> None:
     rows = _times_at(report, place)
     title = f"{place.device}, {_threads(place.threads)}"
     if any(one.instructions is not None for _, one in rows):
-        table = _table(title, "instructions", "of float", "spread")
+        table = new_table(title, "instructions", "of float", "spread")
         for name, one in rows:
             table.add_row(
                 name,
                 _number(one.instructions, ","),
                 _number(one.instruction_ratio, ".3f"),
-                _number(one.instruction_spread, ".0e"),
+                _number(one.instruction_spread, ".1g"),
             )
         print_whole(table, console)
     elif any(one.outcome == "measured" for _, one in rows):
-        table = _table(title, "wall ms", "CPU ms", "x float", "of float's CPU (95 %)")
+        table = new_table(title, "wall ms", "CPU ms", "x float", "of float's CPU (95 %)")
         for name, one in rows:
             table.add_row(
                 name,
@@ -141,10 +146,10 @@ def _print_times(report: Report, place: Place, console: Console) -> None:
     _print_reasons(rows, console)
 
 
-def _print_outputs(report: Report, place: Place, console: Console) -> None:
-    rows = _outputs_at(report, place)
+def _print_outputs(report: Report, device: str, console: Console) -> None:
+    rows = _outputs_on(report, device)
     titles = ("against", "images", "same class", "logits differ", "of error")
-    table = _table(f"outputs on {place.device}", *titles)
+    table = new_table(f"outputs on {device}", *titles)
     for row in rows:
         if row.outcome == "measured":
             table.add_row(
@@ -159,18 +164,15 @@ def _print_outputs(report: Report, place: Place, console: Console) -> None:
         print_whole(table, console)
         says = "logits differ: the largest difference; of error: RMS over what quantization changes"
         _say(says, console)
-    changed = {(row.runtime, row.scheme) for row in rows if (row.diff_over_error or 0) >= 1}
-    names = {
-        f"{one.runtime} {one.scheme}"
-        for one in report.artifacts
-        if (one.runtime, one.scheme) in changed and one.profile == "full"
-    }
-    if names:
+    changed = {f"{row.runtime} {row.scheme}" for row in rows if (row.diff_over_error or 0) >= 1}
+    if changed:
         _say(
-            f"{', '.join(sorted(names))}: {place.device} changes more than quantization does; "
-            "integers of profile full saturate on a CPU without VNNI: `--isa avx2` makes others",
+            f"{', '.join(sorted(changed))}: {device} changes as much as quantization does, or more",
             console,
         )
+        full = {f"{x.runtime} {x.scheme}" for x in report.artifacts if x.profile == "full"}
+        if device.startswith(HELD) and changed & full:
+            _say("integers of profile full saturate without VNNI: see --isa avx2", console)
     _print_reasons([(f"{row.runtime} {row.scheme}", row) for row in rows], console)
 
 
@@ -183,8 +185,8 @@ def _times_at(report: Report, place: Place) -> list[tuple[str, Latency]]:
     ]
 
 
-def _outputs_at(report: Report, place: Place) -> list[Parity]:
-    return [row for row in report.parity if row.device == place.device]
+def _outputs_on(report: Report, device: str) -> list[Parity]:
+    return [row for row in report.parity if row.device == device]
 
 
 def _print_reasons(
@@ -197,14 +199,6 @@ def _print_reasons(
             reasons.setdefault(f"{one.outcome}: {one.reason}", []).append(name)
     for reason, names in reasons.items():
         _say(f"{reason} ({', '.join(dict.fromkeys(names))})", console)
-
-
-def _table(first: str, *titles: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column(first)
-    for title in titles:
-        table.add_column(title, justify="right", no_wrap=True)
-    return table
 
 
 def _say(text: str, console: Console) -> None:

@@ -76,6 +76,8 @@ EMBEDDED_RECIPE = Path(__file__).parent / "embedded" / "recipe.toml"
 RECIPE, MODEL = "recipe.json", "model"
 """Places in a run folder, beside artifacts/, stages/, logs/, samples/ and what `pipeline.conclude`
 writes."""
+NOT_OF_ARTIFACTS = {"runtimes", "gate", "baseline", "bench", "device", "threads", "tune"}
+"""Of a recipe: what one runtime's artifacts do not depend on."""
 PUBLISHED, LEFT = (MODEL, ARTIFACTS, PAGES), (REPORT, JUNIT, SUMMARY, LAYOUTS, PLACES)
 """Folders and files that another model takes the place of."""
 
@@ -85,8 +87,6 @@ class Steps:
     """How far a run goes; a step that is not asked still takes over what was finished before.
 
     `choose` chooses the runtimes' layouts; without it those of the last run that did are kept.
-    `adds` keeps the folder's other runtimes, as long as the integers are the same; without it the
-    folder has those of the recipe.
     `places` are devices beside the recipe's own: there `bench` takes times and `verify` compares
     the outputs of so many `images`; without `here` the recipe's own is left alone.
     `restart` throws an unfinished training away instead of going on from it; `beside` is a run
@@ -97,7 +97,6 @@ class Steps:
     verify: bool = True
     bench: bool = True
     choose: bool = True
-    adds: bool = False
     here: bool = True
     places: tuple[Place, ...] = ()
     images: int = 100
@@ -192,6 +191,23 @@ def trained_on(out: Path, changes: Mapping[str, Any]) -> Recipe:
     return load_recipe(None, {"finetune": {"engine": "own"}, **stated}, changes)
 
 
+def added_to(out: Path, recipe: Recipe) -> Recipe:
+    """Return a recipe with a run folder's runtimes too, where it changes nothing of theirs.
+
+    Args:
+        out: The run folder, or none.
+        recipe: What is exported there.
+    """
+    try:
+        stored = stored_recipe(out)
+    except ArtifactError:
+        return recipe
+    if stored.model_dump(exclude=NOT_OF_ARTIFACTS) != recipe.model_dump(exclude=NOT_OF_ARTIFACTS):
+        return recipe
+    runtimes = tuple(dict.fromkeys((*stored.runtimes, *recipe.runtimes)))
+    return recipe.model_copy(update={"runtimes": runtimes})
+
+
 def quantized_model(folder: Path) -> QuantizedModel:
     """Read the record of a quantized model, without its arrays.
 
@@ -255,8 +271,6 @@ class _Run:
     def execute(self, steps: Steps) -> Finished:
         if steps.bench and self.recipe.bench:
             check_threads(self.device.probe(), self.recipe.threads)
-        if self.recipe.checkpoint is None:
-            self.display.note("no --checkpoint: the embedded model, of handwritten digits")
         self.display.preprocessing(self.preprocessing, self.sidecar.source)
         # Three stages that follow one another share a process: torch is slow to import.
         with self.stages.worker(MODEL) as worker:
@@ -276,8 +290,6 @@ class _Run:
         training = None
         if self.recipe.finetune is not None:
             integers, training = self._finetune(steps, integers, loaded, model, data)
-        if steps.adds:
-            self._keep_runtimes(integers)
         # Measuring takes minutes: what stands in the folder is replaced only when all is known.
         layouts = self._layouts(integers, steps, loaded, model, data) if steps.export else {}
         self._publish(integers)
@@ -540,17 +552,6 @@ class _Run:
                 model=integers,
             )
         return lab.parities(artifacts, outputs, data.why_not)
-
-    def _keep_runtimes(self, integers: Path) -> None:
-        """Go on with the runtimes of the folder too, where its model has these integers."""
-        ours = [self.out / MODEL / name for name in MODEL_FILES]
-        if not (self.out / RECIPE).exists() or not all(file.exists() for file in ours):
-            return
-        if any(sha256_file(file) != sha256_file(integers / file.name) for file in ours):
-            return
-        names = dict.fromkeys((*stored_recipe(self.out).runtimes, *self.recipe.runtimes))
-        self.recipe = self.recipe.model_copy(update={"runtimes": tuple(names)})
-        self.exports = Exports(self.recipe)
 
     def _publish(self, integers: Path) -> None:
         """Lay the model where a person looks, and take away what an earlier one left."""

@@ -6,9 +6,12 @@ In: the text of a flag. Out: a path, numbers, a list; or one line that says what
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
 
 
 def absolute(path: Path | None) -> str | None:
@@ -53,6 +56,20 @@ def data_place(where: str | None) -> str | None:
     from pipeline.recipe import NONE
 
     return where if where in {None, DIGITS, NONE} else str(Path(str(where)).absolute())
+
+
+def with_places(settings: Recipe) -> Recipe:
+    """Return a recipe whose places hold whatever the working directory is."""
+    files = {name: getattr(settings, name) for name in ("label_file", "baseline")}
+    images = {name: data_place(getattr(settings, name)) for name in ("data", "eval", "train")}
+    return settings.model_copy(
+        update={
+            "checkpoint": checkpoint_place(settings.checkpoint),
+            "class_order": class_order_place(settings.class_order),
+            **images,
+            **{name: absolute(Path(place) if place else None) for name, place in files.items()},
+        }
+    )
 
 
 def listed(text: str) -> list[str]:

@@ -13,6 +13,7 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import gettempdir
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Protocol, Self, TextIO
 
 from safetensors import SafetensorError
@@ -86,14 +87,21 @@ def ended_with_all(process: subprocess.Popen[str]) -> Iterator[None]:
         _running.discard(process)
 
 
-def lasting_log(name: str) -> Path:
-    """Return where a worker of a command without a run folder logs: a message may point there.
+@contextlib.contextmanager
+def log_without_a_run() -> Iterator[Path]:
+    """Give a place for the log of a command that has no run folder; it stays where a worker fails.
 
-    Args:
-        name: The command's.
+    Then a message points at it.
     """
-    user = os.getuid() if hasattr(os, "getuid") else "user"
-    return Path(gettempdir()) / f"convnext-edge-{user}-{name}.log"
+    folder = Path(mkdtemp(prefix="convnext-edge-"))
+    try:
+        yield folder / "worker.log"
+    except WorkerError:
+        raise
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 class Worker:

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 KINDS: tuple[OpKind, ...] = get_args(OpKind)
 WIDE, LABEL, ROOM, STEP = 620.0, 120.0, 70.0, 30.0
-PROFILER_COSTS = 1.5
-"""Times the time without it: from there on a profile tells of the profiler."""
+MOSTLY_PROFILER = 2.0
+"""Times the time without it: from there on most of a profile is the profiler's own."""
 LEGEND_COLUMNS, LEGEND_STEP = 5, 18.0
 
 
@@ -48,7 +48,7 @@ def sentences(found: Breakdown) -> tuple[str, ...]:
         return (f"{name}: {found.outcome.replace('_', ' ')}: {found.reason}",)
     total = total_ms(found)
     said = [f"{name}: {total:.3g} ms ({found.method})."]
-    if found.unprofiled_ms and total > PROFILER_COSTS * found.unprofiled_ms:
+    if is_mostly_profiler(found):
         # What is made of such times would contradict the latencies.
         said.append(
             f"Without the profiler it takes {found.unprofiled_ms:.3g} ms: the operations are too"
@@ -67,6 +67,12 @@ def sentences(found: Breakdown) -> tuple[str, ...]:
             f" {found.bytes_per_second / 1e9:.3g} GB/s, at which memory is copied."
         )
     return tuple(said)
+
+
+def is_mostly_profiler(found: Breakdown) -> bool:
+    """Return whether most of the time is what the profiler itself takes."""
+    alone = found.unprofiled_ms
+    return alone is not None and total_ms(found) > MOSTLY_PROFILER * alone
 
 
 def rows(found: Breakdown) -> tuple[tuple[OpKind, float, float, int], ...]:
@@ -110,7 +116,7 @@ def draw(found: Sequence[Breakdown]) -> str | None:
                     Rectangle((left, top + 3), width, 16, facecolor=face, edgecolor=CARD, lw=0.6)
                 )
                 left += width
-            if one.floor_ms:
+            if one.floor_ms and not is_mostly_profiler(one):
                 at = LABEL + one.floor_ms * scale
                 axes.plot([at, at], [top + 1, top + 21], color=CARD, lw=4.2)
                 axes.plot([at, at], [top + 1, top + 21], color=INK, lw=1.8)

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from reports.document import ArtifactRow
 
 
+TUNE_OFF, ONE_CANDIDATE = "--tune off", "there is nothing to choose from"
+"""Reasons for a default that nobody needs to be told."""
+
+
 def sentence(layout: Layout) -> str:
     """Say what a runtime takes and why."""
     form = f"form {layout.graph_form}"

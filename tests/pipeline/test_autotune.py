@@ -191,7 +191,7 @@ def test_a_turn_of_a_slow_network_is_short(macs: int, inferences: int) -> None:
 def test_an_export_that_dies_takes_no_other_one_and_nobody_waits_while_times_are_taken(
     tmp_path: Path,
 ) -> None:
-    wanted, dying = exports(4, 1), "2"
+    wanted, dying, called = exports(4, 1), "2", list[str]()
 
     class Hand:
         """One worker for all: it dies of one export."""
@@ -206,6 +206,8 @@ def test_an_export_that_dies_takes_no_other_one_and_nobody_waits_while_times_are
             Hand.here = False
 
         def call(self, function: str, *, export: dict[str, Any], **rest: Any) -> Reply:
+            assert Hand.here
+            called.append(export["placement"])
             if export["placement"] == dying:
                 raise WorkerError("ended with signal SIGKILL", allowed="", do="")
             return Reply(value={"path": export["placement"]}, seconds=0.0, peak_memory_bytes=0)
@@ -227,6 +229,7 @@ def test_an_export_that_dies_takes_no_other_one_and_nobody_waits_while_times_are
     found = TypeAdapter(list[Candidate]).validate_json((tmp_path / MEASURED).read_bytes())
     outcomes = {item.placement: item.outcome for item in found}
     assert outcomes == {"0": "measured", "1": "measured", dying: "failed", "3": "measured"}
+    assert called == ["0", "1", dying, "3"]
 
 
 def test_counts_need_one_heat_and_rank_as_times_do() -> None:

@@ -386,8 +386,21 @@ def _unknown_weights(place: Place) -> Asked:
 
 
 def _cut_timm(place: Place) -> Asked:
-    whole = all_dialects()["timm"].original(_state(), TINY)
-    del whole["stages.1.blocks.0.mlp.fc2.bias"]
+    return _cut(place, "timm", "stages.1.blocks.0.mlp.fc2.bias")
+
+
+def _cut_torchvision(place: Place) -> Asked:
+    return _cut(place, "torchvision", "features.1.0.layer_scale", "features.7.0.block.5.bias")
+
+
+def _half_a_norm(place: Place) -> Asked:
+    return _cut(place, "torchvision", "features.0.1.weight")
+
+
+def _cut(place: Place, dialect: str, *names: str) -> Asked:
+    whole = all_dialects()[dialect].original(_state(), TINY)
+    for name in names:
+        del whole[name]
     torch.save(whole, place.tmp / "cut.pth")
     return Asked(["inspect", place.tmp / "cut.pth"])
 
@@ -488,6 +501,9 @@ CASES = (
     Case("batch of words", lambda _: _odd_words("--batch", "two"), ("`dynamic`",), code=2),
     Case("explain an artifact", _explain_artifact, ("model.onnx", "--latency")),
     Case("missing tensor", _cut_timm, ("missing stages.1.blocks.0.mlp.fc2.bias",)),
+    Case("missing scale", _cut_torchvision, ("cut.pth", "missing stages.3.blocks.0.pw2.bias (can")),
+    Case("half a norm", _half_a_norm, ("unknown features.0.1.bias",)),
+    Case("flag without value", lambda _: Asked(["run", "--data"]), ("--data", "run --he"), code=2),
     Case("pipe as image", _predict_from_pipe, ("pipe.png", "not a file")),
     Case("even kernel", _even_kernel, ("even.pth", "side 4", "odd sides")),
     Case("deep metadata", _deep_metadata, ("deep.safetensors", "conv.weight")),
@@ -570,6 +586,15 @@ def test_says_a_mistake_in_one_line(case: Case, tmp_path: Path, exported: Path) 
     assert not list(tmp_path.rglob(".partial-*"))
     assert not (place.out / "artifacts").exists()
     assert not (tmp_path / "marker").exists(), "the pickle's code ran"
+
+
+def test_no_words_give_the_help_and_version_the_version(tmp_path: Path) -> None:
+    for environment in ({}, {"TYPER_USE_RICH": "0"}):
+        done = _run([], tmp_path, environment)
+        assert done.returncode == 2
+        assert "Usage" in done.stdout + done.stderr
+        assert "error:" not in done.stdout + done.stderr
+    assert re.fullmatch(r"convnext-edge \d+\.\d+.*\n", _run(["--version"], tmp_path).stdout)
 
 
 def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from pipeline.display import Display
 from pipeline.measure import Timing, time_saved
 from pipeline.records import Artifact, Export, Latency, Proof, Scheme
 from pipeline.stages import Stages
-from targets.base import HOST, DeviceInfo, NotRun
+from targets.base import DeviceInfo, NotRun
 
 
 def artifact(runtime: str, scheme: Scheme) -> Artifact:
@@ -42,28 +42,49 @@ def test_what_is_saved_is_float_less_integers() -> None:
     assert time_saved(rows) == {"onnx": 3.0, "tflite": -1.0}
 
 
+class Board:
+    """A device that is far away."""
+
+    name = "board"
+
+    def can_run(self, wanted: object) -> NotRun:
+        pytest.fail("nobody asked it")
+
+
+class Process(Board):
+    """A device of this machine."""
+
+    def environment(self) -> dict[str, str]:
+        return {}
+
+    def can_run(self, wanted: object) -> NotRun:
+        return NotRun(reason="only macOS runs it")
+
+
+def measure_nothing(*_: Any, **__: Any) -> Any:
+    pytest.fail("nobody asked for it")
+
+
+for method in ("probe", "measure", "infer"):
+    setattr(Board, method, measure_nothing)
+
+ASK = "not asked in this run: `convnext-edge bench RUN_DIR --device board{}` asks again"
+
+
 @pytest.mark.parametrize(
-    ("machine", "reason"),
+    ("device", "threads", "reason"),
     [
-        (HOST, "only macOS runs it"),
-        # Far away: it is not asked, and what it would say is not known.
-        ("", "not asked in this run: `convnext-edge bench RUN_DIR --device board` asks it again"),
+        (Process(), 1, "only macOS runs it"),
+        (Board(), 1, ASK.format("")),
+        (Board(), 2, ASK.format(" --threads 2")),
     ],
 )
 def test_a_device_of_this_machine_says_why_it_measured_nothing_whoever_asks(
-    machine: str, reason: str, tmp_path: Path
+    device: Any, threads: int, reason: str, tmp_path: Path
 ) -> None:
-    class Board:
-        name = "board"
-
-        def can_run(self, wanted: object) -> NotRun:
-            assert machine == HOST, "it is far away, and nobody asked"
-            return NotRun(reason="only macOS runs it")
-
-    board: Any = Board()
-    info = DeviceInfo(name="board", kind="host", isa=(), description="", cores=1, machine=machine)
+    info = DeviceInfo(name="board", kind="host", isa=(), description="", cores=2)
     timing = Timing(
-        Stages(tmp_path, Display(), cores=1), board, threads=1, image_shape=(1, 3, 8, 8),
+        Stages(tmp_path, Display(), cores=1), device, threads=threads, image_shape=(1, 3, 8, 8),
         asked=False, info=info,
     )  # fmt: skip
     (row,) = timing.run([artifact("coreml", "w8a8")])

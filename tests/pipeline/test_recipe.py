@@ -132,6 +132,13 @@ def test_a_budget_stands_alone_or_under_gate(tmp_path: Path, header: str) -> Non
     assert (budget.require, budget.max_latency_ratio, budget.clock) == (("onnx",), 0.8, "cpu")
 
 
+def test_a_budget_that_is_no_table_is_told_so(tmp_path: Path) -> None:
+    path = tmp_path / "budget.toml"
+    path.write_text("gate = 'x'")
+    with pytest.raises(UsageError, match=r"the table is 'x'\. Allowed: a table"):
+        load_budget(path)
+
+
 @pytest.mark.parametrize("text", ["max_drop = 1", "[gate]\nclock = 'sun'", "gate = 3"])
 def test_a_wrong_budget_is_a_usage_error(tmp_path: Path, text: str) -> None:
     path = tmp_path / "budget.toml"
@@ -181,9 +188,15 @@ def test_a_choice_between_types_is_named_as_it_is_written() -> None:
     ("text", "said"),
     [
         ("batch = 'two'", "batch is 'two'. Allowed: a number from 1, or `dynamic`. Correct batch."),
-        ("runtimes = 'onnx'", "runtimes is 'onnx'. Allowed: a list, such as"),
-        ("[gate]\nrequire = 'onnx'", "gate.require is 'onnx'. Allowed: a list, such as"),
+        ("runtimes = 'onnx'", "runtimes is 'onnx'. Allowed: a list, in [brackets]"),
+        ("runtimes = []", "runtimes is []. Allowed: a list of at least one"),
+        ("seed = 'x'", "seed is 'x'. Allowed: a valid integer. Correct seed"),
+        ("gate = 'x'", "gate is 'x'. Allowed: a table"),
+        ("[[gate]]\nx = 1", "gate is [{'x': 1}]. Allowed: a table"),
+        ("finetune = 'x'", "finetune is 'x'. Allowed: a table"),
+        ("[gate]\nrequire = 'onnx'", "gate.require is 'onnx'. Allowed: a list, in [brackets]"),
         ("[gate]\nmax_latency_ratio = 0", "ratio is 0. Allowed: greater than 0. Correct gate.max"),
+        ("foo = 1", "foo is not known. Allowed: checkpoint, data"),
     ],
 )
 def test_what_is_allowed_is_said_once_and_in_words_of_toml(
@@ -196,6 +209,7 @@ def test_what_is_allowed_is_said_once_and_in_words_of_toml(
     assert said in str(caught.value)
     assert "constrained" not in str(caught.value)
     assert "Input should be" not in str(caught.value)
+    assert "instance" not in str(caught.value)
 
 
 def test_a_layer_is_named_once() -> None:
@@ -238,8 +252,12 @@ def test_a_table_asks_for_training(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "said", "allowed"),
     [
-        ("[finetune]\nepoch = 3\n", "finetune.epoch is 3", "engine, epochs, batch"),
-        ("[finetune.augmentation]\ncut = 1\n", "finetune.augmentation.cut is 1", "crop, flip"),
+        ("[finetune]\nepoch = 3\n", "finetune.epoch is not known", "engine, epochs, batch"),
+        (
+            "[finetune.augmentation]\ncut = 1\n",
+            "finetune.augmentation.cut is not known",
+            "crop, flip",
+        ),
         ("finetune = 3\n", "finetune is 3", ""),
     ],
 )

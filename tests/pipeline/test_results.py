@@ -98,22 +98,47 @@ def test_where_instructions_are_counted_no_time_is_told() -> None:
     assert "ms" not in said
 
 
-def outputs(diff_over_error: float | None) -> Parity:
+def outputs(diff_over_error: float | None, device: str = "cpu:avx2") -> Parity:
     return Parity(
-        device="cpu:avx2", runtime="onnx", scheme="w8a8", outcome="measured", against="reference",
+        device=device, runtime="onnx", scheme="w8a8", outcome="measured", against="reference",
         n=100, top1_agreement=0.97, max_abs_logit_diff=0.14, diff_over_error=diff_over_error,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("error", "warnings"), [(2.43, 1), (0.99, 0), (None, 0)])
+@pytest.mark.parametrize(
+    ("device", "error", "warns", "advises"),
+    [
+        ("cpu:avx2", 2.43, 1, 1),
+        ("cpu:avx2", 0.99, 0, 0),
+        ("cpu:avx2", None, 0, 0),
+        ("ssh:pi", 2.43, 1, 0),  # an ARM board does not saturate
+    ],
+)
 def test_outputs_of_a_device_are_told_and_more_than_quantizing_is_warned_of(
-    error: float | None, warnings: int
+    device: str, error: float | None, warns: int, advises: int
 ) -> None:
-    found = report(times("local", 12.0), parity=(outputs(error),))
-    said = printed(found, Asked(here=False, places=(AVX2,), what="parity"))
+    found = report(times("local", 12.0), parity=(outputs(error, device),))
+    said = printed(found, Asked(here=False, places=(Place(device=device),), what="parity"))
     assert "97.00%" in said
     assert "12.00" not in said
-    assert said.count("`--isa avx2` makes others") == warnings
+    assert said.count("changes as much as quantization does") == warns
+    assert said.count("--isa avx2") == advises
+
+
+def test_integers_that_keep_headroom_are_warned_of_without_advice_to_keep_it() -> None:
+    found = report(times("local", 12.0), parity=(outputs(7.0),))
+    (row,) = found.artifacts
+    found = found.model_copy(update={"artifacts": (row.model_copy(update={"profile": "avx2"}),)})
+    said = printed(found, Asked(here=False, places=(AVX2,), what="parity"))
+    assert "onnx w8a8: cpu:avx2 changes as much" in said
+    assert "--isa avx2" not in said
+
+
+def test_outputs_of_a_device_are_told_once_whatever_its_threads() -> None:
+    found = report(parity=(outputs(0.5),))
+    places = (AVX2, Place(device="cpu:avx2", threads=2))
+    said = printed(found, Asked(here=False, places=places, what="parity"))
+    assert said.count("outputs on cpu:avx2") == 1
 
 
 def test_a_device_that_gave_nothing_is_a_failure_and_no_table() -> None:
@@ -128,6 +153,17 @@ def test_a_device_that_gave_nothing_is_a_failure_and_no_table() -> None:
     found = report(times("cpu:avx2", 1.0), parity=(gone,))
     assert unreached(found, Asked(here=False, places=(AVX2,), what="parity")) == [
         "cpu:avx2 measured nothing: no"
+    ]
+
+
+def test_every_reason_for_nothing_is_told_once() -> None:
+    found = report(
+        Latency(device="cpu:avx2", outcome="not_run", threads=1, reason="not installed"),
+        Latency(device="cpu:avx2", outcome="not_run", threads=1, reason="macOS only"),
+        Latency(device="cpu:avx2", outcome="not_run", threads=1, reason="macOS only"),
+    )
+    assert unreached(found, Asked(here=False, places=(AVX2,))) == [
+        "cpu:avx2 measured nothing: not installed; macOS only"
     ]
 
 

@@ -244,7 +244,11 @@ def test_times_that_are_the_profiler_s_own_are_not_held_against_anything() -> No
     assert "Without the profiler it takes 0.12 ms" in said
     assert "times that" not in said
     assert "roofline" not in said
-    assert "roofline" in " ".join(breakdowns.sentences(replace(found, unprofiled_ms=1.2)))
+    alike = replace(found, unprofiled_ms=0.7)
+    assert "roofline" in " ".join(breakdowns.sentences(alike))
+    # The tick of the floor is two lines, a light one below a dark one.
+    with_tick, without = ((breakdowns.draw([one]) or "").count("<path") for one in (alike, found))
+    assert with_tick == without + 2
 
 
 def test_several_devices_are_named_in_the_drawing() -> None:
