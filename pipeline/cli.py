@@ -54,7 +54,8 @@ def main() -> None:
     try:
         _check_words()
         _run_or_serve()
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it may have been closed from the start
+            sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except SystemExit as error:
@@ -66,10 +67,10 @@ def main() -> None:
     except OSError as error:  # what the system refuses at a place that no one foresaw
         # Standard output may be what is full: nothing more goes there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
-        place = f" {error.filename}" if error.filename else ""
+        place = str(error.filename or "standard output")
         _fail(
             OutputError(
-                f"cannot use{place[:PLACE_LENGTH]} ({error.strerror or error})",
+                f"cannot use {place[:PLACE_LENGTH]} ({error.strerror or error})",
                 allowed="files and folders that this user may use, on a disk with room",
                 do="Correct the path or free some space",
             )

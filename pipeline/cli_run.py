@@ -393,6 +393,7 @@ def verify(
 ) -> None:
     """Run a run folder's artifacts over its evaluation images, or compare a device's outputs."""
     from pipeline.errors import UsageError
+    from pipeline.recipe import NONE
     from pipeline.results import Asked
     from pipeline.run import Steps
 
@@ -404,6 +405,12 @@ def verify(
             f"--images {images} without another --device than the run's own, {stored.device}",
             allowed="--images for the outputs of a device; the artifacts here run over all images",
             do="Name the devices, or leave --images out",
+        )
+    if away and stored.eval == NONE:
+        raise UsageError(
+            f"{run_dir} has no evaluation images (--eval none): there is nothing to compare on",
+            allowed="a run folder with evaluation images",
+            do="Run it again with --eval",
         )
     here = len(away) < len(places) or not places
     steps = Steps(bench=False, choose=False, here=here, places=away)
@@ -473,13 +480,19 @@ def _recipe(path: Path | None, flags: dict[str, Any], added_to: Path | None) -> 
     # Without a checkpoint the embedded recipe is what the flags are laid over.
     embedded = path is None and flags["checkpoint"] is None
     settings = words.with_places(load_recipe(run.EMBEDDED_RECIPE if embedded else path, flags))
+    if settings.gate is not None and path is not None:
+        _with_known_runtimes(settings.gate, path)
     if added_to is not None:
         settings = run.added_to(added_to, settings)
     return _asking_less(settings) if embedded and flags["gate"] is None else settings
 
 
 def _asking_less(settings: Recipe) -> Recipe:
-    """Let the embedded budget require only what is exported: fewer runtimes are no failure."""
+    """Let the embedded budget require only what is asked for: fewer runtimes are no failure."""
+    from pipeline.recipe import NONE
+
+    if settings.eval == NONE:
+        return settings.model_copy(update={"gate": None})
     assert settings.gate is not None, "the embedded recipe has a budget"
     left = tuple(name for name in settings.gate.require if name in settings.runtimes)
     return settings.model_copy(update={"gate": settings.gate.model_copy(update={"require": left})})
@@ -525,7 +538,22 @@ def budget_of(path: Path | None) -> Budget | None:
     """Read a budget, where one is given."""
     from pipeline.recipe import load_budget
 
-    return load_budget(path) if path is not None else None
+    return _with_known_runtimes(load_budget(path), path) if path is not None else None
+
+
+def _with_known_runtimes(budget: Budget, place: Path) -> Budget:
+    """Return a budget that requires no runtime that there is not."""
+    from pipeline.errors import UsageError
+    from targets import base
+
+    for name in budget.require:
+        if name not in base.runtimes():
+            raise UsageError(
+                f"{place} requires a runtime {name!r}",
+                allowed=", ".join(base.runtimes()),
+                do="Correct require",
+            )
+    return budget
 
 
 def _execute(settings: Recipe, out: Path, steps: Any) -> Finished:
@@ -569,6 +597,8 @@ def _conclude(finished: Finished, out: Path, asked: Asked | None = None) -> None
 
 def print_gate(judged: Gate) -> None:
     """Print what did not pass, and the gate's word."""
+    if not judged.checks:
+        out_console.print("  no budget asks for anything", highlight=False)
     for check in judged.checks:
         if check.outcome != "pass":
             out_console.print(

@@ -26,7 +26,7 @@ from pipeline.records import (
 )
 from pipeline.store import Stage, publish, sha256_file
 from targets import base
-from targets.base import check_expressible, placement_of
+from targets.base import ARTIFACT_STEM, check_expressible, placement_of
 from targets.devices.local import host_isa, isa_flags
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ class Exports:
 
         found = [item for items in stages.side_by_side(export, self.targets) for item in items]
         if kept:
-            _remove_others(stages, {one.name for one in found})
+            _remove_others(stages.out / ARTIFACTS, {one.name for one in found})
         return found
 
     def one(self, stages: Stages, model: Path, wanted: Export) -> Artifact:
@@ -222,19 +222,29 @@ def _check_placement(recipe: Recipe) -> None:
         )
 
 
-def _remove_others(stages: Stages, shipped: Collection[str]) -> None:
+def _remove_others(folder: Path, shipped: Collection[str]) -> None:
     """Take away what is no longer shipped: it must not stand beside what is.
 
     Its stage has it still, and a run that asks for it publishes it again.
     """
+    for name in folders_in(folder):
+        if name not in shipped:
+            shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def folders_in(artifacts: Path) -> list[str]:
+    """Return the names of the artifacts' folders that are there."""
     names = ("-".join(pair) for pair in itertools.product(base.runtimes(), SCHEMES))
-    gone = [one for one in names if one not in shipped and (stages.out / ARTIFACTS / one).is_dir()]
-    for name in gone:
-        shutil.rmtree(stages.out / ARTIFACTS / name, ignore_errors=True)
-    if gone:
-        stages.display.note(
-            f"no longer asked for, and taken out of {ARTIFACTS}/: {', '.join(gone)}"
-        )
+    return [name for name in names if (artifacts / name).is_dir()]
+
+
+def foreign_in(artifacts: Path) -> Path | None:
+    """Return a file or folder among the artifacts that is none of theirs, where there is one."""
+    ours = folders_in(artifacts)
+    found = [one for one in artifacts.glob("*") if one.name not in ours]
+    for name in ours:
+        found += [one for one in (artifacts / name).iterdir() if one.stem != ARTIFACT_STEM]
+    return next((one for one in sorted(found) if not one.name.startswith(".")), None)
 
 
 def _published(stages: Stages, artifact: Artifact) -> Artifact:

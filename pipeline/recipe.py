@@ -6,6 +6,7 @@ on. Reads a file and touches nothing else.
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_type_hints
@@ -22,7 +23,6 @@ from pipeline.records import (
     Finetuning,
     Interpolation,
     PositiveFloat,
-    PositiveInt,
     RangeMethod,
     Rounding,
     Scheme,
@@ -39,6 +39,12 @@ Ratio = Annotated[float, Field(gt=0, strict=True, allow_inf_nan=False)]
 Count = Annotated[float, Field(ge=0, strict=True, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 
+Word = Annotated[str, Field(min_length=1)]
+Natural = Annotated[int, Field(gt=0, strict=True)]
+Whole = Annotated[int, Field(strict=True)]
+Switch = Annotated[bool, Field(strict=True)]
+"""Strict: what TOML writes as a string is no number, and true is none either."""
+
 _Settings = TypeVar("_Settings", bound="_Strict")
 
 RUNTIMES = ("onnx", "openvino", "tflite", "coreml")
@@ -52,6 +58,9 @@ IN_WORDS = {
     "dataclass_type": _A_TABLE,
     "tuple_type": _A_LIST,
     "too_short": "a list of at least one",
+    "string_too_short": "a word",
+    "int_type": "a whole number",
+    "bool_type": "true or false",
 }
 """Kinds of pydantic's errors whose messages speak Python."""
 UNKNOWN = frozenset({"extra_forbidden", "unexpected_keyword_argument"})
@@ -91,7 +100,7 @@ class Budget(_Strict):
         baseline: Limits against a stored report.
     """
 
-    require: tuple[str, ...] = ()
+    require: tuple[Word, ...] = ()
     max_drop_pp: Percent | None = None
     min_agreement: Share | None = None
     min_agreement_across_profiles: Share | None = None
@@ -114,7 +123,7 @@ class PreprocessingOverride(_Strict):
     interpolation: Interpolation | None = None
     resize_size: Side | None = None
     crop_mode: CropMode | None = None
-    antialias: bool | None = None
+    antialias: Switch | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[PositiveFloat, ...] | None = None
 
@@ -147,39 +156,39 @@ class Recipe(_Strict):
             train/ is read.
     """
 
-    checkpoint: str | None = None
-    data: str | None = None
-    eval: str | None = None
+    checkpoint: Word | None = None
+    data: Word | None = None
+    eval: Word | None = None
     weights: Weights = "auto"
-    label_file: str | None = None
-    class_order: str | None = None
+    label_file: Word | None = None
+    class_order: Word | None = None
     input_size: Side | None = None
     scheme: Scheme = "w8a8"
-    runtimes: Annotated[tuple[str, ...], Field(min_length=1)] = RUNTIMES
-    placement: str | None = None
+    runtimes: Annotated[tuple[Word, ...], Field(min_length=1)] = RUNTIMES
+    placement: Word | None = None
     tune: Literal["off", "quick", "full"] = "quick"
     method: RangeMethod | Literal["search"] = Field(
         default="search", description=f"search, {', '.join(get_args(RangeMethod))}"
     )
     rounding: Rounding = "auto"
     max_drop: Percent | None = Field(default=None, description="a number, 0 to 100")
-    float_layers: tuple[str, ...] = ()
+    float_layers: tuple[Word, ...] = ()
     finetune: Finetuning | None = None
-    train: str | None = None
-    calibration_images: PositiveInt = 512
-    eval_images: PositiveInt | None = None
-    seed: int = 0
+    train: Word | None = None
+    calibration_images: Natural = 512
+    eval_images: Natural | None = None
+    seed: Whole = 0
     isa: Literal["auto", "avx2", "vnni", "arm"] = "auto"
     batch: Batch | Literal["dynamic"] = Field(
-        default=1, description="a number from 1, or `dynamic`"
+        default=1, description="a number from 1 to 4096, or `dynamic`"
     )
-    allow_overlap: bool = False
-    bench: bool = True
-    device: str = "local"
-    threads: PositiveInt = 1
+    allow_overlap: Switch = False
+    bench: Switch = True
+    device: Word = "local"
+    threads: Natural = 1
     preprocessing: PreprocessingOverride = PreprocessingOverride()
     gate: Budget | None = None
-    baseline: str | None = None
+    baseline: Word | None = None
 
     @model_validator(mode="after")
     def _rounding_belongs_to_the_search(self) -> Recipe:
@@ -300,6 +309,13 @@ def load_budget(path: Path) -> Budget:
         UsageError: The file is not there, is not TOML, or says something unknown.
     """
     stated = _read_toml(path)
+    beside = [name for name in stated if name not in Recipe.model_fields]
+    if "gate" in stated and beside:
+        raise UsageError(
+            f"the budget {path}: {beside[0]} stands beside [gate], where no limit is read",
+            allowed="limits under [gate], or all at the top and no [gate]",
+            do=f"Move {beside[0]}",
+        )
     return _validated(Budget, stated.get("gate", stated), f"the budget {path}")
 
 
@@ -322,7 +338,7 @@ def _validated(
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        if not first["loc"] and first["type"] == "value_error":
+        if first["type"] == "value_error":
             # Settings that do not go together: the message says which.
             said = first["msg"].partition(", ")[2] or first["msg"]
             raise UsageError(
@@ -355,6 +371,8 @@ def _place(kind: type[_Strict], location: tuple[str | int, ...], error: str) -> 
 
 
 def _allowed(kind: type[_Strict], place: list[str], error: Mapping[str, Any]) -> str:
+    if isinstance(error["input"], float) and not math.isfinite(error["input"]):
+        return "a finite number"
     if error["type"] in UNKNOWN:
         table: Any = kind
         for name in place[:-1]:

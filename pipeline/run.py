@@ -24,7 +24,7 @@ from pipeline.data import choose
 from pipeline.dialect import dialect_modules
 from pipeline.distributed import ranks_here
 from pipeline.errors import ArtifactError, UsageError
-from pipeline.exports import ARTIFACTS, MODEL_FILES, Exports
+from pipeline.exports import ARTIFACTS, MODEL_FILES, Exports, folders_in, foreign_in
 from pipeline.finetune import Course, Finetuner, require_trainable
 from pipeline.lab import PLACES, Lab, check_threads, kept_places, places_json
 from pipeline.layouts import LAYOUTS, kept_layouts
@@ -244,7 +244,8 @@ def preprocessing_of(recipe: Recipe, sidecar: Sidecar) -> Preprocessing:
     except ValidationError as error:
         first = error.errors()[0]
         name = first["loc"][0] if first["loc"] else None
-        got = f"{name} is {first['input']!r} ({first['msg']})" if name else first["msg"]
+        says = first["msg"].removeprefix("Value error, ")
+        got = f"{name} is {first['input']!r} ({says})" if name else says
         raise UsageError(
             f"preprocessing: {got}",
             allowed=", ".join(item.name for item in fields(Preprocessing)),
@@ -290,6 +291,7 @@ class _Run:
         training = None
         if self.recipe.finetune is not None:
             integers, training = self._finetune(steps, integers, loaded, model, data)
+        before = folders_in(self.out / ARTIFACTS)
         # Measuring takes minutes: what stands in the folder is replaced only when all is known.
         layouts = self._layouts(integers, steps, loaded, model, data) if steps.export else {}
         self._publish(integers)
@@ -300,6 +302,8 @@ class _Run:
             write_atomic(self.out / LAYOUTS, to_json(layouts))
             self.exports = self.exports.laid_out(layouts)
             artifacts = self.exports.write(self.stages, integers)
+            if gone := [name for name in before if name not in {one.name for one in artifacts}]:
+                self.display.note(f"not asked for, so taken out of {ARTIFACTS}/: {', '.join(gone)}")
             data = data.without(calibration=calibrated.value["skipped"])
             chosen = replace(
                 self._choices(integers, quantized, data, training),
@@ -598,6 +602,8 @@ def _check_place(out: Path, beside: Path | None) -> None:
     others = [name for name in (*PUBLISHED, *LEFT) if (out / name).exists()]
     if others and not _of_a_run(out):
         why = f"holds {' and '.join(others)}, and no run wrote it"
+    elif (foreign := foreign_in(out / ARTIFACTS)) is not None:
+        why = f"holds {foreign}, which no run wrote and which would be lost"
     elif beside is not None and place == beside.resolve():
         why = "is RUN_DIR itself, whose model and artifacts would be lost"
     elif around := next((folder for folder in place.parents if _of_a_run(folder)), None):
@@ -605,8 +611,8 @@ def _check_place(out: Path, beside: Path | None) -> None:
     if why is not None:
         raise UsageError(
             f"--out {out} {why}",
-            allowed="a new or empty folder, or one of an earlier run",
-            do="Give another --out",
+            allowed="a new or empty folder, or one of an earlier run as that left it",
+            do="Give another --out, or move what is yours",
         )
 
 

@@ -23,14 +23,15 @@ def checkpoint_place(where: str | None) -> str | None:
     """Return where a checkpoint lies: an absolute path, or the hub's name as it is."""
     from pipeline.locate import HUB_PREFIX
 
-    return where if where is None or where.startswith(HUB_PREFIX) else str(Path(where).absolute())
+    # An empty word, of an unset variable, is no folder: the recipe refuses it.
+    return where if not where or where.startswith(HUB_PREFIX) else str(Path(where).absolute())
 
 
 def class_order_place(order: str | None) -> str | None:
     """Return an absolute path, or the word `sorted` as it is."""
     from calib.labels import SORTED
 
-    return order if order in {None, SORTED} else str(Path(str(order)).absolute())
+    return order if order in {None, "", SORTED} else str(Path(str(order)).absolute())
 
 
 def weights_word(word: str) -> Any:
@@ -55,7 +56,7 @@ def data_place(where: str | None) -> str | None:
     from calib.images import DIGITS
     from pipeline.recipe import NONE
 
-    return where if where in {None, DIGITS, NONE} else str(Path(str(where)).absolute())
+    return where if where in {None, "", DIGITS, NONE} else str(Path(str(where)).absolute())
 
 
 def with_places(settings: Recipe) -> Recipe:

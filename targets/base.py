@@ -136,6 +136,8 @@ class Runtime(Protocol):
         """Ask the runtime's own profiler what each operation takes: medians, in order."""
 
 
+ARTIFACT_STEM = "model"
+"""What the names of an artifact's files are before their ending."""
 HOST = "host"
 """The machine that this project runs on, as `DeviceInfo.machine`."""
 

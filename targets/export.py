@@ -18,6 +18,7 @@ from pipeline.errors import ArtifactError
 from pipeline.records import Export, Preprocessing
 from pipeline.store import sha256_file, size_bytes
 from targets.base import (
+    ARTIFACT_STEM,
     INPUT_NAME,
     OUTPUT_NAME,
     check_expressible,
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from pipeline.records import QuantizedModel
     from pipeline.worker import Progress
     from targets.base import Capabilities, Runtime
-
-STEM = "model"
 
 
 def export_stage(
@@ -60,7 +59,7 @@ def export_stage(
     progress(0, 2)
     record, arrays = quantize.read(Path(model))
     graph = build_graph(record, arrays, target.capabilities, wanted)
-    path = Path(folder) / f"{STEM}{target.capabilities.suffix}"
+    path = Path(folder) / f"{ARTIFACT_STEM}{target.capabilities.suffix}"
     target.export(graph, path, metadata(record, wanted, target.capabilities))
     progress(1, 2)
     proof = target.prove(path, graph)

@@ -35,6 +35,7 @@ CLI = (sys.executable, "-P", "-m", "pipeline.cli")
 ERROR_LINE = re.compile(r"error: (?P<got>.+?)\. Allowed: (?P<allowed>.+?)\. (?P<do>[A-Z].+)\.")
 TINY = Architecture(depths=(1, 1, 1, 1), dims=(4, 4, 8, 8), classes=2)
 INTERRUPTED = 130
+DIGITS = Path(__file__).parents[2] / "pipeline" / "embedded" / "digits.safetensors"
 FEW = ("--calibration-images", "32")
 WITHOUT_ONNXRUNTIME = """
 import importlib.metadata as metadata
@@ -363,6 +364,30 @@ def _explain_artifact(place: Place) -> Asked:
     return Asked(["explain", place.exported / "artifacts" / "onnx-float" / "model.onnx"])
 
 
+def _foreign_artifact(place: Place) -> Asked:
+    mine = shutil.copytree(place.exported, place.tmp / "mine")
+    (mine / "artifacts" / "onnx-float" / "notes.txt").write_text("mine")
+    words = ("export", "--runtimes", "onnx", "--scheme", "float", "--eval", "none")
+    return Asked([*words, "--calibration-images", "8", "--out", mine])
+
+
+def _outputs_on_nothing(place: Place) -> Asked:
+    return Asked(["verify", place.exported, "--device", "cpu:avx2"])
+
+
+def _budget(place: Place, text: str) -> Asked:
+    (place.tmp / "budget.toml").write_text(text)
+    return Asked(["gate", place.exported, "--budget", place.tmp / "budget.toml"])
+
+
+def _limit_beside_gate(place: Place) -> Asked:
+    return _budget(place, "max_size_ratio = 0.01\n[gate]\nmax_float_layers = 9\n")
+
+
+def _unknown_requirement(place: Place) -> Asked:
+    return _budget(place, 'require = ["onyx"]\n')
+
+
 # --- any ConvNeXt, from anywhere ----------------------------------------------------------------
 
 
@@ -497,6 +522,12 @@ CASES = (
     Case("unknown flag", lambda _: _odd_words("--sead", "1"), ("--sead", "--seed"), code=2),
     Case("no argument", lambda _: Asked(["verify"]), ("run_dir", "verify --help"), code=2),
     Case("unknown command", lambda _: Asked(["quantise"]), ("quantise", "--help"), code=2),
+    Case("foreign file", _foreign_artifact, ("notes.txt", "move what is yours"), code=2),
+    Case("outputs on nothing", _outputs_on_nothing, ("--eval none",), code=2),
+    Case("limit beside gate", _limit_beside_gate, ("max_size_ratio", "[gate]"), code=2),
+    Case("unknown requirement", _unknown_requirement, ("'onyx'", "onnx, openvino"), code=2),
+    Case("no word", lambda _: _odd_words("--checkpoint", ""), ("checkpoint is ''",), code=2),
+    Case("number in quotes", lambda p: _recipe(p, "seed = '3'\n"), ("seed is '3'",), code=2),
     Case("no threads", lambda _: Asked(["run", "--threads", "0"]), ("--threads", "1"), code=2),
     Case("batch of words", lambda _: _odd_words("--batch", "two"), ("`dynamic`",), code=2),
     Case("explain an artifact", _explain_artifact, ("model.onnx", "--latency")),
@@ -595,6 +626,19 @@ def test_no_words_give_the_help_and_version_the_version(tmp_path: Path) -> None:
         assert "Usage" in done.stdout + done.stderr
         assert "error:" not in done.stdout + done.stderr
     assert re.fullmatch(r"convnext-edge \d+\.\d+.*\n", _run(["--version"], tmp_path).stdout)
+
+
+@pytest.mark.parametrize(("where", "code"), [(">&-", 0), (">/dev/full", 1)])
+def test_standard_output_that_takes_nothing_is_no_traceback(
+    where: str, code: int, tmp_path: Path
+) -> None:
+    command = " ".join([*CLI, "inspect", str(DIGITS), where])
+    done = subprocess.run(
+        ["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    assert ("cannot use standard output (No space left" in done.stderr) is bool(code)
 
 
 def test_names_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
