@@ -12,7 +12,9 @@ from pipeline.cli_run import Inventory, err_console, new_display, out_console
 from pipeline.errors import UsageError
 
 devices_app = typer.Typer(
-    help="List where artifacts can be measured, or set a device up.", invoke_without_command=True
+    help="List where artifacts can be measured, or set a device up.",
+    invoke_without_command=True,
+    rich_markup_mode=None,
 )
 
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="convnext-edge",
     no_args_is_help=True,
+    # Rich's panels cut names and values at 80 columns.
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -36,7 +38,9 @@ DEFAULT_OUT = Path("runs/default")
 RunDir = Annotated[Path, typer.Argument(help="A folder that `convnext-edge run` wrote.")]
 Devices = Annotated[
     list[str] | None,
-    typer.Option("--device", help="Where; again for more: they work at the same time."),
+    typer.Option(
+        "--device", help="A name that `devices` lists; again for more: they work at the same time."
+    ),
 ]
 Inventory = Annotated[
     Path | None,
@@ -426,6 +430,9 @@ def bench(
     device: Devices = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads while measuring.")] = None,
     inventory: Inventory = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Measure anew what was measured before.")
+    ] = False,
 ) -> None:
     """Measure the latency of a run folder's artifacts; a device's rows join the report."""
     from pipeline.recipe import load_recipe
@@ -441,7 +448,8 @@ def bench(
         changes["threads"] = threads
     settings = load_recipe(None, {**stored.model_dump(exclude_none=True), **changes})
     away = tuple(place for place in places if place != own)
-    steps = Steps(verify=False, choose=False, here=not places or own in places, places=away)
+    here = not places or own in places
+    steps = Steps(verify=False, choose=False, here=here, places=away, again=again)
     asked = Asked(here=steps.here, places=away)
     _conclude(_execute(settings, run_dir, steps), run_dir, asked)
 
@@ -582,6 +590,10 @@ def _conclude(finished: Finished, out: Path, asked: Asked | None = None) -> None
     report = finished.report
     if report is None:
         out_console.print(f"model: {out / 'model'}", soft_wrap=True, highlight=False)
+        says = (
+            "next: `convnext-edge run` or `export` with the same options and --out goes on from it"
+        )
+        out_console.print(f"  {says}", soft_wrap=True, highlight=False, markup=False)
         return
     from pipeline.results import Asked, print_results, unreached
 
@@ -597,8 +609,10 @@ def _conclude(finished: Finished, out: Path, asked: Asked | None = None) -> None
 
 def print_gate(judged: Gate) -> None:
     """Print what did not pass, and the gate's word."""
+    from reports.summary import NOTHING_JUDGED
+
     if not judged.checks:
-        out_console.print("  no budget asks for anything", highlight=False)
+        out_console.print(f"  {NOTHING_JUDGED}", highlight=False)
     for check in judged.checks:
         if check.outcome != "pass":
             out_console.print(
@@ -607,4 +621,6 @@ def print_gate(judged: Gate) -> None:
                 highlight=False,
                 markup=False,
             )
-    out_console.print(f"gate: {judged.outcome}", highlight=False)
+    missing = sum(check.outcome == "not_run" for check in judged.checks)
+    beside = f", {missing} of {len(judged.checks)} checks not run" if missing else ""
+    out_console.print(f"gate: {judged.outcome}{beside}", highlight=False)

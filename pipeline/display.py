@@ -32,6 +32,7 @@ class Display:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, emoji=False)
         self._lock = threading.Lock()
+        self._found: dict[str, None] = {}
         self._bars = Progress(
             TextColumn("[cyan]{task.description:<24}"),
             BarColumn(bar_width=30),
@@ -54,6 +55,7 @@ class Display:
         trace: TracebackType | None,
     ) -> None:
         """End the live part."""
+        self._say_reused()
         self._bars.stop()
 
     @contextmanager
@@ -70,14 +72,23 @@ class Display:
             yield advance
         finally:
             self._bars.remove_task(task)
+        self._say_reused()
         self.console.print(f"  {name:<24} {time.monotonic() - started:6.1f} s", highlight=False)
 
     def reused(self, name: str) -> None:
-        """Say that a stage was found finished."""
-        self.console.print(f"  [dim]{name:<24} reused[/]", highlight=False)
+        """Say that a stage was found finished: in one line with those found next to it."""
+        with self._lock:
+            self._found.setdefault(name)
+
+    def _say_reused(self) -> None:
+        with self._lock:
+            names, self._found = ", ".join(self._found), {}
+        if names:
+            self.console.print(f"  [dim]reused: {escape(names)}[/]", highlight=False)
 
     def note(self, text: str) -> None:
         """Say something that does not stop the run."""
+        self._say_reused()
         self.console.print(f"  {text}", highlight=False)
 
     def preprocessing(self, how: Preprocessing, source: str | None) -> None:

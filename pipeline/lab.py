@@ -117,6 +117,7 @@ class Lab:
         asked: Those at which what is missing is measured; at the others what was finished before is
             taken over, and nothing is asked of them.
         images: How many outputs are compared at those that are asked; None where none are.
+        anew: Whether times that are asked for are taken even where they were before.
         image_shape: NCHW of one input.
     """
 
@@ -128,8 +129,10 @@ class Lab:
         asked: Sequence[Place],
         images: int | None,
         image_shape: tuple[int, int, int, int],
+        anew: bool = False,
     ) -> None:
         self.stages = stages
+        self.anew = anew
         self.image_shape = image_shape
         self.before = before = {one.place: one for one in known}
         spots = [
@@ -221,6 +224,7 @@ class Lab:
             threads=spot.place.threads,
             image_shape=self.image_shape,
             asked=asked and spot.asked,
+            anew=self.anew,
             info=spot.info,
         )
 

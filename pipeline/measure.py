@@ -272,6 +272,7 @@ class Timing:
         threads: For the runtimes.
         image_shape: NCHW of one input.
         asked: Whether to run what is missing, or only to take over what was finished before.
+        anew: Whether what is asked for is measured even where it was before.
         kept: Whether the samples are the run's: those that are not stay in their stages.
         info: What the device is, where that is known; then one of which nothing is asked is not
             reached for at all, unless it is this machine.
@@ -285,6 +286,7 @@ class Timing:
         threads: int,
         image_shape: tuple[int, int, int, int],
         asked: bool,
+        anew: bool = False,
         kept: bool = True,
         info: base.DeviceInfo | base.NotRun | None = None,
     ) -> None:
@@ -293,6 +295,7 @@ class Timing:
         self.threads = threads
         self.image_shape = image_shape
         self.asked = asked
+        self.anew = anew and asked
         self.kept = kept
         self.known = info is not None
         self.info = device.probe() if info is None else info
@@ -335,7 +338,7 @@ class Timing:
             )
 
         try:
-            folder = self.stages.do_here(stage, make)
+            folder = self.stages.do_here(stage, make, anew=self.anew)
         except (WorkerError, ArtifactError, DeviceError) as error:
             failed = Latency(
                 device=info.name,
@@ -415,6 +418,7 @@ class Timing:
                         stage,
                         "targets.breakdown:breakdown_stage",
                         worker=worker,
+                        anew=self.anew,
                         name=target.name,
                         path=str(self.stages.out / one.path),
                         model=str(model),

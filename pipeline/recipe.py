@@ -309,7 +309,9 @@ def load_budget(path: Path) -> Budget:
         UsageError: The file is not there, is not TOML, or says something unknown.
     """
     stated = _read_toml(path)
-    beside = [name for name in stated if name not in Recipe.model_fields]
+    table = isinstance(stated.get("baseline"), dict)  # of a recipe it is a file's name
+    known = Recipe.model_fields.keys() - ({"baseline"} if table else set())
+    beside = [name for name in stated if name not in known]
     if "gate" in stated and beside:
         raise UsageError(
             f"the budget {path}: {beside[0]} stands beside [gate], where no limit is read",

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from reports.contention import contention
 from reports.layouts import ONE_CANDIDATE, TUNE_OFF, sentence
 from reports.summary import MISSING, drop_in_points
 from reports.terminal import new_table, print_whole
@@ -85,7 +86,7 @@ def _why_nothing(report: Report, place: Place, asked: Asked) -> str | None:
 def _print_artifacts(report: Report, console: Console) -> None:
     table = new_table("artifact", "MB", "top-1", "drop, points (95 %)", "SQNR dB", "ms", "x float")
     reasons: list[tuple[str, Accuracy | Latency]] = []
-    timed: Latency | None = None
+    own: list[tuple[str, Latency]] = []
     for row in report.artifacts:
         accuracy, latency = row.accuracy, next(iter(row.latency), None)
         name = f"{row.runtime} {row.scheme}"
@@ -100,10 +101,11 @@ def _print_artifacts(report: Report, console: Console) -> None:
         )
         reasons += [(name, accuracy), *((name, one) for one in row.latency)]
         if latency is not None and latency.wall_p50_ms is not None:
-            timed = latency
+            own.append((name, latency))
     print_whole(table, console)
-    if timed is not None:
+    for _, timed in own[:1]:
         _say(f"ms: median wall time on {timed.device}, {_threads(timed.threads)}", console)
+    _print_contention(own, console)
     _print_reasons(reasons, console)
 
 
@@ -143,7 +145,17 @@ def _print_times(report: Report, place: Place, console: Console) -> None:
                 _interval(one.cpu_ratio, one.cpu_ratio_ci95),
             )
         print_whole(table, console)
+        _print_contention(rows, console)
     _print_reasons(rows, console)
+
+
+def _print_contention(rows: Iterable[tuple[str, Latency]], console: Console) -> None:
+    """Warn of times that something else made longer."""
+    waits = {name: times for name, one in rows if (times := contention(one)) is not None}
+    if waits:
+        named = ", ".join(f"{name} {times:.2f}" for name, times in waits.items())
+        _say(f"disturbed: something else had the processor: wall over CPU time is {named}", console)
+        _say("ms and x float mislead there; `bench RUN_DIR --again` measures anew", console)
 
 
 def _print_outputs(report: Report, device: str, console: Console) -> None:

@@ -89,6 +89,7 @@ class Steps:
     `choose` chooses the runtimes' layouts; without it those of the last run that did are kept.
     `places` are devices beside the recipe's own: there `bench` takes times and `verify` compares
     the outputs of so many `images`; without `here` the recipe's own is left alone.
+    `again` measures what `bench` is asked for anew.
     `restart` throws an unfinished training away instead of going on from it; `beside` is a run
     folder that this one follows, whose finished stages count as well.
     """
@@ -100,6 +101,7 @@ class Steps:
     here: bool = True
     places: tuple[Place, ...] = ()
     images: int = 100
+    again: bool = False
     restart: bool = False
     beside: Path | None = None
 
@@ -331,7 +333,8 @@ class _Run:
         for images in (data.calibration, data.evaluation):
             if images is not None:
                 self.display.skipped(images.source)
-        timing = self._timing(model, asked=steps.bench and self.recipe.bench and steps.here)
+        asked = steps.bench and self.recipe.bench and steps.here
+        timing = self._timing(model, asked=asked, anew=steps.again)
         lab = self._lab(steps, model)
         own, away = timing.run(artifacts), lab.latencies(artifacts, asked=steps.bench)
         report = assemble.report(
@@ -363,8 +366,9 @@ class _Run:
         # Only now: an interrupted run leaves the places as they were, with all that they gave.
         if lab.spots:
             write_atomic(self.out / PLACES, places_json(lab.known()))
-        # What only exported has nothing to be judged by.
-        budget = self.recipe.budget() if steps.verify or steps.bench else None
+        # What was only exported has nothing to be judged by.
+        known = all(row.accuracy.outcome != "not_run" for row in report.artifacts)
+        budget = self.recipe.budget() if steps.verify or steps.bench or known else None
         return conclude(report, self.out, budget, baseline=self.recipe.baseline, stages=self.stages)
 
     # --- stages, in the order of the flow ------------------------------------------------------
@@ -522,13 +526,16 @@ class _Run:
         batch = 1 if self.recipe.batch == "dynamic" else self.recipe.batch
         return batch, model.architecture.in_channels, size, size
 
-    def _timing(self, model: Checkpoint, *, asked: bool, kept: bool = True) -> Timing:
+    def _timing(
+        self, model: Checkpoint, *, asked: bool, anew: bool = False, kept: bool = True
+    ) -> Timing:
         return Timing(
             self.stages,
             self.device,
             threads=self.recipe.threads,
             image_shape=self._image_shape(model),
             asked=asked,
+            anew=anew,
             kept=kept,
         )
 
@@ -540,6 +547,7 @@ class _Run:
             [one for one in kept_places(self.out / PLACES) if one.place != own],
             asked=[place for place in steps.places if place != own],
             images=steps.images if steps.verify else None,
+            anew=steps.again,
             image_shape=self._image_shape(model),
         )
 

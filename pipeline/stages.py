@@ -75,6 +75,7 @@ class Stages:
         *,
         worker: Worker | None = None,
         shared: bool = False,
+        anew: bool = False,
         **arguments: object,
     ) -> Done:
         """Return a finished stage, made now where it is missing.
@@ -86,6 +87,7 @@ class Stages:
             shared: Whether the processes that torchrun started divide its images; the function
                 then takes `call` too, for `pipeline.distributed.group`.
             worker: To share one process between stages; None starts one for this stage.
+            anew: Whether it is made now in any case.
             **arguments: JSON values.
 
         Raises:
@@ -100,19 +102,21 @@ class Stages:
                 reply = hand.call(function, progress=progress, folder=str(folder), **arguments)
             (folder / RESULT).write_text(json.dumps(asdict(reply), indent=1))
 
-        folder = self.do_here(stage, make)
+        folder = self.do_here(stage, make, anew=anew)
         return Done(folder=folder, **json.loads((folder / RESULT).read_text()))
 
-    def do_here(self, stage: Stage, make: Callable[[Path, Progress], None]) -> Path:
+    def do_here(
+        self, stage: Stage, make: Callable[[Path, Progress], None], *, anew: bool = False
+    ) -> Path:
         """Return a finished stage's folder, filled by `make`, here, where it is missing."""
 
         def shown(folder: Path) -> None:
             with self.display.stage(stage.name) as progress:
                 make(folder, progress)
 
-        if self.is_done(stage):
+        if not anew and self.is_done(stage):
             self.display.reused(stage.name)
-        return self.store.get(stage, shown)
+        return self.store.get(stage, shown, anew=anew)
 
     def side_by_side(
         self, function: Callable[[_Item], _Result], items: Sequence[_Item]

@@ -295,21 +295,24 @@ class Store:
             shutil.copytree(self.beside / folder.name, partial)
         return True
 
-    def get(self, stage: Stage, make: Callable[[Path], None]) -> Path:
+    def get(self, stage: Stage, make: Callable[[Path], None], *, anew: bool = False) -> Path:
         """Return the stage's folder, made now only where it is not there yet.
 
         Args:
             stage: What to look up.
             make: Fills an empty folder; its path is the argument.
+            anew: Whether it is made now in any case, and then takes the place of what was there.
 
         Raises:
             OutputError: The run folder cannot be written.
         """
         found = self.find(stage)
-        if found is not None:
+        if found is not None and not anew:
             self.reused.append(stage.name)
             return found
         with _lock_of(self._folder(stage)):
+            if anew:
+                return self._made(stage, make)
             # Another thread may have made it meanwhile.
             return self.find(stage) or self._made(stage, make)
 

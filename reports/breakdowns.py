@@ -93,9 +93,9 @@ def draw(found: Sequence[Breakdown]) -> str | None:
     """Draw a stacked bar per artifact; the tick is what its pointwise layers take alone.
 
     Returns:
-        An SVG; None where nothing was measured.
+        An SVG of those that tell of the artifact; None where none does.
     """
-    measured = [one for one in found if one.ms]
+    measured = [one for one in found if one.ms and not is_mostly_profiler(one)]
     if not measured:
         return None
     longest, devices = max(map(total_ms, measured)), {one.device for one in measured}
@@ -116,7 +116,7 @@ def draw(found: Sequence[Breakdown]) -> str | None:
                     Rectangle((left, top + 3), width, 16, facecolor=face, edgecolor=CARD, lw=0.6)
                 )
                 left += width
-            if one.floor_ms and not is_mostly_profiler(one):
+            if one.floor_ms:
                 at = LABEL + one.floor_ms * scale
                 axes.plot([at, at], [top + 1, top + 21], color=CARD, lw=4.2)
                 axes.plot([at, at], [top + 1, top + 21], color=INK, lw=1.8)

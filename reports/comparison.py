@@ -97,7 +97,7 @@ def compare_runs(before: Path, after: Path, clock: Clock) -> list[Change]:
                 found.append(_lone(row, one, "the earlier run has no such row", clock))
             if was is not None and "measured" in {one.outcome, was[1].outcome}:
                 unlike = _unlike((old, *was), (new, row, one))
-                found.append(_changed((before, was[1]), (after, one), row, unlike, clock))
+                found.append(_changed((before, was[1]), (after, one), (was[0], row), unlike, clock))
     lost = (was for was in known.values() if was[1].outcome == "measured")
     return found + [_lone(*was, "the later run has no such row", clock) for was in lost]
 
@@ -138,11 +138,11 @@ def _unlike(
 def _changed(
     old: tuple[Path, Latency],
     new: tuple[Path, Latency],
-    row: ArtifactRow,
+    rows: tuple[ArtifactRow, ArtifactRow],
     unlike: str | None,
     clock: Clock,
 ) -> Change:
-    (_, then), (_, now) = old, new
+    (_, then), (_, now), (was_row, row) = old, new, rows
     counted = now.instructions is not None and then.instructions is not None
     was, is_ = (
         (then.instructions, now.instructions)
@@ -161,6 +161,8 @@ def _changed(
         if (tested := change(*raw, per_round=PER_ROUND)) is not None:
             factor, ci95, p_value = tested
             verdict, why = _tested(factor, ci95, p_value)
+            if was_row.sha256 == row.sha256 and verdict in {"faster", "slower"}:
+                why += "; the file is the same, so it is the machine or the runtime"
     return Change(
         device=now.device,
         threads=now.threads,
@@ -178,8 +180,10 @@ def _changed(
 
 
 def _tested(factor: float, ci95: tuple[float, float], p_value: float) -> tuple[Verdict, str]:
-    if p_value >= SIGNIFICANT or ci95[0] <= 1 <= ci95[1]:
+    if p_value >= SIGNIFICANT:
         return "no change shown", f"p = {p_value:.2g}: it may be noise"
+    if ci95[0] <= 1 <= ci95[1]:
+        return "no change shown", f"p = {p_value:.2g}, but the factor's interval contains 1"
     word = _word(factor, SMALLEST_TIME_FACTOR)
     if word == "no change shown":
         return word, f"p = {p_value:.2g}, but a factor below {SMALLEST_TIME_FACTOR}"

@@ -19,23 +19,22 @@ from pipeline.statistics import MINIMUM_SAMPLES
 from pipeline.store import file_stem, write_atomic
 from reports import breakdowns, layouts, training, tuning
 from reports.charts import draw_charts, milliseconds
+from reports.contention import CONTENTION, contention
 from reports.culprits import MARGIN_DB, culprits, median_db, sentences, worst_first
 from reports.drawing import slot_of
 from reports.pairs import pair_up, tell_apart
 from reports.sitechart import beyond, draw_sites
+from reports.summary import NOTHING_JUDGED
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from pipeline.records import DeviceState, Latency, Training, Tuning
-    from reports.document import ArtifactRow, Calibration, Report
+    from reports.document import ArtifactRow, Calibration, Gate, Report
 
 INDEX, CALIBRATION, PRECISION = "index.html", "calibration.html", "precision.html"
 TRAINING = "training.html"
-CONTENTION = 1.3
-"""Wall over CPU time at one thread above which something else had the processor."""
-
 SMALLEST_SHARE = 1e-4
 """Written as it is; what is less is only said to be less."""
 
@@ -46,7 +45,7 @@ _VERDICTS = {
     "pass": "Every check of the budget passes.",
     "fail": "The budget is not met.",
     "inconclusive": "The measurements do not decide every check.",
-    "not_run": "No budget was given, so nothing was judged.",
+    "not_run": NOTHING_JUDGED,
 }
 
 
@@ -163,14 +162,6 @@ def list_timings(report: Report) -> tuple[Timing, ...]:
     return tuple(sorted(timings, key=lambda timing: devices.index(timing.latency.device)))
 
 
-def contention(latency: Latency) -> float | None:
-    """Return wall over CPU time where one thread waited for a processor, else None."""
-    wall, cpu = latency.wall_p50_ms, latency.cpu_p50_ms
-    if latency.threads != 1 or wall is None or not cpu or wall / cpu <= CONTENTION:
-        return None
-    return wall / cpu
-
-
 # --- the pages ------------------------------------------------------------------------------------
 
 
@@ -193,7 +184,8 @@ def _index(report: Report) -> str:
     page = _environment().get_template("index.html.j2")
     return page.render(
         report=report,
-        verdict=_VERDICTS[report.gate.outcome],
+        verdict=_verdict(report.gate),
+        waits=[one for one in list_timings(report) if contention(one.latency) is not None],
         trade=[(chart, _verbatim(chart.svg)) for chart in trade],
         agreement=[(chart, _verbatim(chart.svg)) for chart in agreement],
         timings=list_timings(report),
@@ -211,6 +203,13 @@ def _index(report: Report) -> str:
         breakdown_says=breakdowns.sentences,
         breakdown_rows=breakdowns.rows,
     )
+
+
+def _verdict(gate: Gate) -> str:
+    missing = sum(check.outcome == "not_run" for check in gate.checks)
+    if gate.outcome == "pass" and missing:
+        return f"{missing} of {len(gate.checks)} checks were not run; all others pass."
+    return _VERDICTS[gate.outcome]
 
 
 def _calibration_page(report: Report, calibration: Calibration) -> str:

@@ -260,6 +260,15 @@ def test_outputs_on_a_device_are_held_against_this_host(cli: Cli, out: Path) -> 
     assert "the same artifact on the host" in (out / "pages" / "shelf-upper.md").read_text()
 
 
+def test_times_are_taken_again_where_that_is_asked(cli: Cli, out: Path) -> None:
+    cli("bench", str(out))
+    assert cli("bench", str(out)).startswith("0 stages made")
+    assert cli("bench", str(out), "--again").startswith("1 stages made")
+    cli("bench", str(out), "--device", "shelf:upper")
+    made = cli("bench", str(out), "--device", "shelf:upper", "--again").splitlines()[0]
+    assert made.startswith("1 stages made")
+
+
 def test_the_run_s_own_device_is_no_other_place(cli: Cli, out: Path) -> None:
     cli("verify", str(out), "--device", "toaster")
     assert quantized(out).accuracy.outcome == "measured"

@@ -66,6 +66,16 @@ def test_the_run_s_own_device_is_named_under_its_times() -> None:
     assert "34.00" not in said
 
 
+def test_times_that_something_else_made_longer_are_warned_of() -> None:
+    waited = Latency(
+        device="local", outcome="measured", threads=1, wall_p50_ms=22.5, cpu_p50_ms=10.0
+    )
+    said = printed(report(waited), Asked())
+    assert "wall over CPU time is onnx w8a8 2.25" in said
+    assert "bench RUN_DIR --again" in said
+    assert "disturbed" not in printed(report(times("local", 12.0)), Asked())
+
+
 def test_another_device_s_times_are_its_own_and_stand_alone() -> None:
     ratio = {"cpu_ratio": 0.5, "cpu_ratio_ci95": (0.4, 0.6), "speedup": 2.0}
     found = report(times("local", 12.0), times("cpu:avx2", 34.0, **ratio))

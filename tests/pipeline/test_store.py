@@ -104,6 +104,27 @@ def test_a_parent_that_is_a_file_is_an_output_error(tmp_path: Path) -> None:
         write_atomic(tmp_path / "file" / "inside.txt", b"")
 
 
+def test_a_stage_made_anew_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
+    texts = iter(["first", "second"])
+
+    def make(folder: Path) -> None:
+        (folder / "result.txt").write_text(next(texts))
+
+    def fail(folder: Path) -> None:
+        (folder / "result.txt").write_text("half")
+        raise KeyboardInterrupt
+
+    cache = Store(tmp_path)
+    first = cache.get(_stage(), make)
+    assert cache.get(_stage(), make, anew=True) == first
+    assert (first / "result.txt").read_text() == "second"
+    assert (cache.made, cache.reused) == (["fold", "fold"], [])
+    # One that is interrupted leaves what was measured before.
+    with pytest.raises(KeyboardInterrupt):
+        cache.get(_stage(), fail, anew=True)
+    assert (Store(tmp_path).get(_stage(), make) / "result.txt").read_text() == "second"
+
+
 def test_a_stage_is_made_once(tmp_path: Path) -> None:
     calls: list[Path] = []
 

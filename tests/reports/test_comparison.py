@@ -17,7 +17,7 @@ from pipeline.benchmark import PER_ROUND, ROUNDS
 from pipeline.errors import ArtifactError
 from pipeline.statistics import change
 from reports import comparison
-from reports.comparison import compare_runs
+from reports.comparison import _tested, compare_runs
 from reports.document import read_report
 from targets.base import Samples
 
@@ -120,6 +120,24 @@ def test_what_only_one_of_them_has_is_said(tmp_path: Path) -> None:
         ("float", "not comparable", "the earlier run has no such row"),
         ("w8a8", "not comparable", "the later run has no such row"),
     ]
+
+
+def test_the_same_file_did_not_change_by_itself(tmp_path: Path) -> None:
+    before = run_folder(tmp_path / "a", samples("w8a8", 4.0, noise=0.01))
+    after = run_folder(tmp_path / "b", samples("w8a8", 8.0, noise=0.01, seed=1))
+    (found,) = compare_runs(before, after, "cpu")
+    assert found.verdict == "slower"
+    assert "the file is the same" in found.why
+    text = (after / "report.json").read_text()
+    (after / "report.json").write_text(text.replace('"sha256": "0"', '"sha256": "1"'))
+    (found,) = compare_runs(before, after, "cpu")
+    assert "the file is the same" not in found.why
+
+
+def test_what_keeps_a_change_from_being_shown_is_said() -> None:
+    assert _tested(1.2, (0.9, 1.5), 0.007)[1] == "p = 0.007, but the factor's interval contains 1"
+    assert "noise" in _tested(1.2, (1.1, 1.3), 0.02)[1]
+    assert _tested(1.2, (1.1, 1.3), 0.001)[0] == "slower"
 
 
 def test_a_count_that_one_run_lacks_keeps_its_place_in_the_table(tmp_path: Path) -> None:

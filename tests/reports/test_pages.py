@@ -15,8 +15,9 @@ import pytest
 
 from pipeline.records import Agreement, Parity
 from reports import layouts
-from reports.document import Gate, Report
-from reports.pages import contention, escape_markdown, file_names, list_gaps, write_pages
+from reports.contention import contention
+from reports.document import Check, Gate, Report
+from reports.pages import escape_markdown, file_names, list_gaps, write_pages
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -154,6 +155,29 @@ def test_the_gate_s_word_is_in_the_header(
     gate = Gate(outcome=outcome, checks=full_report.gate.checks)
     page = _index(full_report.model_copy(update={"gate": gate}), tmp_path)
     assert f"<b>{word}</b>" in page[: page.index("</header>")]
+
+
+def test_a_pass_with_checks_that_were_not_run_says_so(full_report: Report, tmp_path: Path) -> None:
+    one = Check(name="a", outcome="pass", value=1.0, limit=2.0, why="")
+    missing = Check(name="b", outcome="not_run", value=None, limit=2.0, why="it is away")
+    page = _index(
+        full_report.model_copy(update={"gate": Gate(outcome="pass", checks=(one, missing))}),
+        tmp_path,
+    )
+    head = page[: page.index("</header>")]
+    assert "1 of 2 checks were not run; all others pass." in head
+    assert "Every check" not in head
+    gate = Gate(outcome="pass", checks=(one,))
+    page = _index(full_report.model_copy(update={"gate": gate}), tmp_path)
+    assert "Every check of the budget passes." in page[: page.index("</header>")]
+
+
+def test_disturbed_times_are_warned_of_above_the_charts(
+    full_report: Report, poor_report: Report, tmp_path: Path
+) -> None:
+    above = _index(full_report, tmp_path).partition("Do the runtimes agree?")[0]
+    assert re.search(r"while \d+ of \d+ latencies were taken", above)
+    assert "--again" not in _index(poor_report, tmp_path)
 
 
 def test_missing_is_a_dash_and_never_zero(poor_report: Report, tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ def test_the_stage_tells_kinds_floor_and_bound(model: Path, name: str, tmp_path:
     assert 0 < found.unprofiled_ms < 1000
     told = " ".join(breakdowns.sentences(replace(found, unprofiled_ms=total)))
     assert f"{total / found.floor_ms:.2f} times" in told
-    assert (breakdowns.draw([found]) or "").count("<svg") == 1
+    assert (breakdowns.draw([replace(found, unprofiled_ms=total)]) or "").count("<svg") == 1
     assert {one.name for one in tmp_path.iterdir()} == {path.name, *beside(path)}
 
 
@@ -246,9 +246,8 @@ def test_times_that_are_the_profiler_s_own_are_not_held_against_anything() -> No
     assert "roofline" not in said
     alike = replace(found, unprofiled_ms=0.7)
     assert "roofline" in " ".join(breakdowns.sentences(alike))
-    # The tick of the floor is two lines, a light one below a dark one.
-    with_tick, without = ((breakdowns.draw([one]) or "").count("<path") for one in (alike, found))
-    assert with_tick == without + 2
+    assert breakdowns.draw([found]) is None
+    assert breakdowns.draw([alike]) is not None
 
 
 def test_several_devices_are_named_in_the_drawing() -> None:
