@@ -103,8 +103,8 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
         placement: Annotated[
             str | None,
             typer.Option(
-                help="Layers in integers: pointwise, pointwise-downsample, pointwise-io, "
-                "pointwise-depthwise, dense, all; tflite has not the first two.",
+                help="Layers in integers: pointwise and pointwise-downsample (neither in tflite), "
+                "pointwise-io, pointwise-depthwise, dense, all.",
                 show_default="each runtime's",
             ),
         ] = None,
@@ -180,7 +180,9 @@ def _pipeline_command(name: str, summary: str, *, export: bool, measure: bool) -
         interpolation: Annotated[
             str | None, typer.Option(help="nearest, bilinear, bicubic or lanczos.")
         ] = None,
-        antialias: Annotated[bool | None, typer.Option("--antialias/--no-antialias")] = None,
+        antialias: Annotated[
+            bool | None, typer.Option("--antialias/--no-antialias", help="When images shrink.")
+        ] = None,
         mean: Annotated[str | None, typer.Option(help="R,G,B of pixels in [0, 1].")] = None,
         std: Annotated[str | None, typer.Option(help="R,G,B of pixels in [0, 1].")] = None,
         budget: Annotated[Path | None, typer.Option(help="TOML budget of the gate.")] = None,
