@@ -373,8 +373,6 @@ def _place(kind: type[_Strict], location: tuple[str | int, ...], error: str) -> 
 
 
 def _allowed(kind: type[_Strict], place: list[str], error: Mapping[str, Any]) -> str:
-    if isinstance(error["input"], float) and not math.isfinite(error["input"]):
-        return "a finite number"
     if error["type"] in UNKNOWN:
         table: Any = kind
         for name in place[:-1]:
@@ -383,6 +381,8 @@ def _allowed(kind: type[_Strict], place: list[str], error: Mapping[str, Any]) ->
     field = kind.model_fields.get(place[0])
     if field is not None and field.description:
         return field.description
+    if isinstance(error["input"], float) and not math.isfinite(error["input"]):
+        return "a finite number"
     words = IN_WORDS.get(error["type"])
     expected = error.get("ctx", {}).get("expected")
     return str(words or expected or error["msg"].removeprefix("Input should be ").split(",")[0])

@@ -700,7 +700,6 @@ def test_a_run_folder_is_tuned_and_its_measurements_are_kept(tmp_path: Path) -> 
     [
         (("tune", "nowhere", "--effort", "off"), "--effort is 'off'. Allowed: quick, full"),
         (("tune", "nowhere"), "nowhere is not a run folder"),
-        (("verify", "nowhere", "--images", "20"), "--images 20 without --device"),
         (("run", "--threads", "999", "--out", "x"), "--threads 999 on local, which has"),
     ],
 )

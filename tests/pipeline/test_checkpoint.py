@@ -169,7 +169,7 @@ def _without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 def test_a_missing_tensor_is_named(tmp_path: Path, net: ConvNeXt) -> None:
     torch.save(_without(_meta(net), "stages.2.1.pwconv1.bias"), tmp_path / "net.pth")
-    with pytest.raises(CheckpointError, match=r"missing stages\.2\.blocks\.1\.pw1\.bias"):
+    with pytest.raises(CheckpointError, match=r"missing stages\.2\.1\.pwconv1\.bias"):
         checkpoint.load(tmp_path / "net.pth")
 
 
@@ -188,7 +188,7 @@ def test_an_unknown_tensor_is_named(tmp_path: Path, net: ConvNeXt) -> None:
 
 def test_a_misshapen_tensor_is_named(tmp_path: Path, net: ConvNeXt) -> None:
     torch.save({**_meta(net), "norm.weight": torch.ones(3)}, tmp_path / "net.pth")
-    with pytest.raises(CheckpointError, match=r"head\.norm\.weight has shape \(3,\), not \(21,\)"):
+    with pytest.raises(CheckpointError, match=r": norm\.weight has shape \(3,\), not \(21,\)"):
         checkpoint.load(tmp_path / "net.pth")
 
 

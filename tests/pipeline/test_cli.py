@@ -371,6 +371,10 @@ def _foreign_artifact(place: Place) -> Asked:
     return Asked([*words, "--calibration-images", "8", "--out", mine])
 
 
+def _images_of(place: Place, *device: str) -> Asked:
+    return Asked(["verify", place.exported, "--images", "20", *device])
+
+
 def _outputs_on_nothing(place: Place) -> Asked:
     return Asked(["verify", place.exported, "--device", "cpu:avx2"])
 
@@ -523,6 +527,8 @@ CASES = (
     Case("no argument", lambda _: Asked(["verify"]), ("run_dir", "verify --help"), code=2),
     Case("unknown command", lambda _: Asked(["quantise"]), ("quantise", "--help"), code=2),
     Case("foreign file", _foreign_artifact, ("notes.txt", "move what is yours"), code=2),
+    Case("images of nobody", _images_of, ("--images 20", "--device"), code=2),
+    Case("images of local", lambda p: _images_of(p, "--device", "local"), ("local",), code=2),
     Case("outputs on nothing", _outputs_on_nothing, ("--eval none",), code=2),
     Case("limit beside gate", _limit_beside_gate, ("max_size_ratio", "[gate]"), code=2),
     Case("unknown requirement", _unknown_requirement, ("'onyx'", "onnx, openvino"), code=2),
@@ -543,7 +549,9 @@ CASES = (
     Case("superscript batch", lambda _: _odd_words("--batch", "²"), ("batch", "²"), code=2),
     Case("tiny crop", lambda _: _odd_words("--crop-ratio", "5e-324"), ("0.05",), code=2),
     Case("huge input", lambda _: _odd_words("--input-size", "9" * 20), ("4096",), code=2),
-    Case("no runtime", lambda _: _odd_words("--runtimes", ","), ("runtimes", "1"), code=2),
+    Case(
+        "no runtime", lambda _: _odd_words("--runtimes", ","), ("runtimes", "at least one"), code=2
+    ),
     Case("name not UTF-8", lambda _: _odd_words("--data", "d\udcff"), ("UTF-8",), code=2),
     Case("overlong place", lambda _: _odd_words("--data", "d" * 5000), ("name too long",)),
     Case("hub without network", _hub_without_network, ("hf:someone/convnext", "network")),

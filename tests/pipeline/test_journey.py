@@ -93,7 +93,7 @@ def test_one_bad_file_takes_nothing_from_the_others(home: Path) -> None:
 
 
 def test_export_adds_a_runtime_and_run_has_those_it_names(tmp_path: Path) -> None:
-    how = ("--calibration-images", "8", "--eval", "none", "--out", "run")
+    how = ("--calibration-images", "8", "--eval-images", "20", "--out", "run")
 
     def after(*words: str) -> tuple[list[str], list[str], str]:
         done = cli(*words, *how, cwd=tmp_path)
@@ -111,11 +111,11 @@ def test_export_adds_a_runtime_and_run_has_those_it_names(tmp_path: Path) -> Non
     recipe = json.loads((tmp_path / "run" / "recipe.json").read_bytes())
     # The gate asks for what was there too.
     assert recipe["runtimes"] == recipe["gate"]["require"] == ["onnx", "openvino"]
-    # With another setting the folder is that of the new command, which says what goes.
-    other = after("export", "--runtimes", "openvino", "--batch", "2")
+    # Another model, and what is not of it goes.
+    other = after("export", "--runtimes", "openvino", "--seed", "1")
     assert other[:2] == (["openvino"], openvino)
     assert "taken out of artifacts/: onnx-float, onnx-w8a8" in other[2]
-    alone = ("run", "--runtimes", "onnx", "--batch", "2", "--no-bench")
+    alone = ("run", "--runtimes", "onnx", "--seed", "1", "--no-bench", "--tune", "off")
     assert after(*alone)[:2] == (["onnx"], onnx)
 
 
@@ -178,20 +178,6 @@ def test_doctor_tells_of_every_runtime(home: Path) -> None:
     assert kinds.pop("coreml") == ("host" if sys.platform == "darwin" else "interpreted")
     assert set(kinds.values()) == {"host"}
     assert facts["profile"] in {"full", "avx2"}
-
-
-def test_a_second_runtime_joins_the_first_in_one_folder(home: Path) -> None:
-    for runtime in ("onnx", "tflite"):
-        arguments = ("export", "--runtimes", runtime, "--calibration-images", "32")
-        done = cli(*arguments, "--out", "joined", cwd=home)
-        assert done.returncode == 0, done.stderr
-    folders = {folder.name for folder in (home / "joined" / "artifacts").iterdir()}
-    assert folders == {"onnx-float", "onnx-w8a8", "tflite-float", "tflite-w8a8"}
-    # Another model, and what is not of it goes.
-    arguments = ("export", "--runtimes", "onnx", "--calibration-images", "16")
-    assert cli(*arguments, "--out", "joined", cwd=home).returncode == 0
-    folders = {folder.name for folder in (home / "joined" / "artifacts").iterdir()}
-    assert folders == {"onnx-float", "onnx-w8a8"}
 
 
 @pytest.mark.parametrize("folder", ["model", "artifacts"])

@@ -187,10 +187,10 @@ def test_a_choice_between_types_is_named_as_it_is_written() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("batch = 'two'", "batch is 'two'. Allowed: a number from 1, or `dynamic`. Correct batch."),
+        ("batch = 'two'", "batch is 'two'. Allowed: a number from 1 to 4096, or `dynamic`."),
         ("runtimes = 'onnx'", "runtimes is 'onnx'. Allowed: a list, in [brackets]"),
         ("runtimes = []", "runtimes is []. Allowed: a list of at least one"),
-        ("seed = 'x'", "seed is 'x'. Allowed: a valid integer. Correct seed"),
+        ("seed = 'x'", "seed is 'x'. Allowed: a whole number. Correct seed"),
         ("gate = 'x'", "gate is 'x'. Allowed: a table"),
         ("[[gate]]\nx = 1", "gate is [{'x': 1}]. Allowed: a table"),
         ("finetune = 'x'", "finetune is 'x'. Allowed: a table"),
