@@ -6,6 +6,7 @@ In: words. Out: a run folder, tables, and an exit code: 0 done (for `gate`: pass
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -67,7 +68,9 @@ def main() -> None:
     except OSError as error:  # what the system refuses at a place that no one foresaw
         # Standard output may be what is full: nothing more goes there.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
-        place = str(error.filename or "standard output")
+        output = {errno.ENOSPC, errno.EPIPE, errno.EIO, errno.EBADF}
+        unnamed = "standard output" if error.errno in output else "what the system gives"
+        place = str(error.filename or unnamed)
         _fail(
             OutputError(
                 f"cannot use {place[:PLACE_LENGTH]} ({error.strerror or error})",
@@ -113,7 +116,7 @@ def _run_or_serve() -> None:
         sys.exit(1)
     except TyperException as error:
         if len(sys.argv) == 1:  # typer has printed the help, or has it as its message
-            sys.stderr.write(error.format_message())
+            err_console.print(error.format_message(), soft_wrap=True, markup=False)
             sys.exit(error.exit_code)
         raise _of_words(error.format_message()) from error
     finally:

@@ -489,12 +489,21 @@ def _recipe(path: Path | None, flags: dict[str, Any], added_to: Path | None) -> 
 
     # Without a checkpoint the embedded recipe is what the flags are laid over.
     embedded = path is None and flags["checkpoint"] is None
-    settings = words.with_places(load_recipe(run.EMBEDDED_RECIPE if embedded else path, flags))
-    if settings.gate is not None and path is not None:
-        _with_known_runtimes(settings.gate, path)
+    plain = words.with_places(load_recipe(run.EMBEDDED_RECIPE if embedded else path, flags))
+    if plain.gate is not None and path is not None:
+        _with_known_runtimes(plain.gate, path)
+    settings = plain
     if added_to is not None:
-        settings = run.added_to(added_to, settings)
-    return _asking_less(settings) if embedded and flags["gate"] is None else settings
+        given = {name for name, value in flags.items() if value is not None}
+        settings = run.added_to(added_to, plain, given)
+    if embedded and flags["gate"] is None and _limits(settings) == _limits(plain):
+        settings = _asking_less(settings.model_copy(update={"gate": plain.gate}))
+    return settings
+
+
+def _limits(settings: Recipe) -> Budget | None:
+    """Return what the gate asks, whatever it requires."""
+    return settings.gate and settings.gate.model_copy(update={"require": ()})
 
 
 def _asking_less(settings: Recipe) -> Recipe:
@@ -614,7 +623,7 @@ def print_gate(judged: Gate) -> None:
     from reports.summary import NOTHING_JUDGED
 
     if not judged.checks:
-        out_console.print(f"  {NOTHING_JUDGED}", highlight=False)
+        out_console.print(f"  {NOTHING_JUDGED}", soft_wrap=True, highlight=False)
     for check in judged.checks:
         if check.outcome != "pass":
             out_console.print(

@@ -60,7 +60,8 @@ def explain(out: Path) -> dict[str, Any]:
     Raises:
         ArtifactError: It has neither a report nor a model, one is damaged, or it is a file.
     """
-    if out.is_file() or out.suffix in {one.capabilities.suffix for one in base.runtimes().values()}:
+    named = out.suffix in {one.capabilities.suffix for one in base.runtimes().values()}
+    if out.is_file() or (named and not any((out / name).exists() for name in (REPORT, MODEL))):
         raise ArtifactError(
             f"{out} is no run folder",
             allowed="a run folder; with --latency an artifact",

@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 ARTIFACTS = "artifacts"
 """Their place in a run folder."""
+BESIDE: Mapping[str, tuple[str, ...]] = {".xml": (".bin",)}
+"""Endings of files that an artifact with this ending has beside it."""
 NO_LAYOUTS: Mapping[str, Layout] = {}
 MODEL_FILES = ("params.json", "tensors.safetensors")
 """What `pipeline.quantize` writes."""
@@ -240,11 +242,18 @@ def folders_in(artifacts: Path) -> list[str]:
 
 def foreign_in(artifacts: Path) -> Path | None:
     """Return a file or folder among the artifacts that is none of theirs, where there is one."""
-    ours = folders_in(artifacts)
+    ours = {name: _files_of(name.partition("-")[0]) for name in folders_in(artifacts)}
     found = [one for one in artifacts.glob("*") if one.name not in ours]
-    for name in ours:
-        found += [one for one in (artifacts / name).iterdir() if one.stem != ARTIFACT_STEM]
-    return next((one for one in sorted(found) if not one.name.startswith(".")), None)
+    for name, files in ours.items():
+        found += [one for one in (artifacts / name).iterdir() if one.name not in files]
+    # What a system leaves by itself, and what an interrupted run left, is nobody's.
+    foreign = (one for one in sorted(found) if not one.name.startswith((".DS_Store", ".partial-")))
+    return next(foreign, None)
+
+
+def _files_of(runtime: str) -> set[str]:
+    suffix = base.runtime(runtime).capabilities.suffix
+    return {f"{ARTIFACT_STEM}{one}" for one in (suffix, *BESIDE.get(suffix, ()))}
 
 
 def _published(stages: Stages, artifact: Artifact) -> Artifact:

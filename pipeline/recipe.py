@@ -16,17 +16,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pipeline.errors import UsageError
 from pipeline.records import (
     FLOATING,
-    Batch,
     Calibration,
     CropMode,
     CropRatio,
     Finetuning,
     Interpolation,
-    PositiveFloat,
     RangeMethod,
     Rounding,
     Scheme,
-    Side,
     Weights,
 )
 
@@ -41,6 +38,8 @@ Share = Annotated[float, Field(ge=0, le=1, strict=True)]
 
 Word = Annotated[str, Field(min_length=1)]
 Natural = Annotated[int, Field(gt=0, strict=True)]
+Upto4096 = Annotated[int, Field(gt=0, le=4096, strict=True)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 Whole = Annotated[int, Field(strict=True)]
 Switch = Annotated[bool, Field(strict=True)]
 """Strict: what TOML writes as a string is no number, and true is none either."""
@@ -61,6 +60,7 @@ IN_WORDS = {
     "string_too_short": "a word",
     "int_type": "a whole number",
     "bool_type": "true or false",
+    "float_type": "a number",
 }
 """Kinds of pydantic's errors whose messages speak Python."""
 UNKNOWN = frozenset({"extra_forbidden", "unexpected_keyword_argument"})
@@ -121,11 +121,11 @@ class PreprocessingOverride(_Strict):
 
     crop_ratio: CropRatio | None = None
     interpolation: Interpolation | None = None
-    resize_size: Side | None = None
+    resize_size: Upto4096 | None = None
     crop_mode: CropMode | None = None
     antialias: Switch | None = None
-    mean: tuple[float, ...] | None = None
-    std: tuple[PositiveFloat, ...] | None = None
+    mean: tuple[Finite, ...] | None = None
+    std: tuple[Annotated[Finite, Field(gt=0)], ...] | None = None
 
 
 class Recipe(_Strict):
@@ -162,7 +162,7 @@ class Recipe(_Strict):
     weights: Weights = "auto"
     label_file: Word | None = None
     class_order: Word | None = None
-    input_size: Side | None = None
+    input_size: Upto4096 | None = None
     scheme: Scheme = "w8a8"
     runtimes: Annotated[tuple[Word, ...], Field(min_length=1)] = RUNTIMES
     placement: Word | None = None
@@ -179,7 +179,7 @@ class Recipe(_Strict):
     eval_images: Natural | None = None
     seed: Whole = 0
     isa: Literal["auto", "avx2", "vnni", "arm"] = "auto"
-    batch: Batch | Literal["dynamic"] = Field(
+    batch: Upto4096 | Literal["dynamic"] = Field(
         default=1, description="a number from 1 to 4096, or `dynamic`"
     )
     allow_overlap: Switch = False

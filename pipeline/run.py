@@ -60,7 +60,7 @@ from targets import base
 from targets.devices.local import available_cores
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from pipeline.data import Data
     from pipeline.display import Display
@@ -76,8 +76,8 @@ EMBEDDED_RECIPE = Path(__file__).parent / "embedded" / "recipe.toml"
 RECIPE, MODEL = "recipe.json", "model"
 """Places in a run folder, beside artifacts/, stages/, logs/, samples/ and what `pipeline.conclude`
 writes."""
-NOT_OF_ARTIFACTS = {"runtimes", "gate", "baseline", "bench", "device", "threads", "tune"}
-"""Of a recipe: what one runtime's artifacts do not depend on."""
+OF_MEASURING = {"runtimes", "gate", "baseline", "bench", "device", "threads", "tune"}
+"""Of a recipe: what one runtime's artifacts do not depend on, where nothing is tuned in full."""
 PUBLISHED, LEFT = (MODEL, ARTIFACTS, PAGES), (REPORT, JUNIT, SUMMARY, LAYOUTS, PLACES)
 """Folders and files that another model takes the place of."""
 
@@ -193,21 +193,28 @@ def trained_on(out: Path, changes: Mapping[str, Any]) -> Recipe:
     return load_recipe(None, {"finetune": {"engine": "own"}, **stated}, changes)
 
 
-def added_to(out: Path, recipe: Recipe) -> Recipe:
-    """Return a recipe with a run folder's runtimes too, where it changes nothing of theirs.
+def added_to(out: Path, recipe: Recipe, given: Collection[str]) -> Recipe:
+    """Return the recipe of a run folder with further runtimes, where nothing else would change.
 
     Args:
         out: The run folder, or none.
-        recipe: What is exported there.
+        recipe: What is exported there; it is returned where the folder's differs.
+        given: Names of the settings that were stated.
     """
     try:
         stored = stored_recipe(out)
     except ArtifactError:
         return recipe
-    if stored.model_dump(exclude=NOT_OF_ARTIFACTS) != recipe.model_dump(exclude=NOT_OF_ARTIFACTS):
+    # Those may depend on the runtimes, and on what was measured.
+    full = "full" in {stored.tune, recipe.tune} or recipe.max_drop is not None
+    alike = stored.model_dump(exclude=OF_MEASURING) == recipe.model_dump(exclude=OF_MEASURING)
+    there = folders_in(out / ARTIFACTS)
+    kept = [name for name in stored.runtimes if f"{name}-float" in there]
+    if full or not alike or not kept:
         return recipe
-    runtimes = tuple(dict.fromkeys((*stored.runtimes, *recipe.runtimes)))
-    return recipe.model_copy(update={"runtimes": runtimes})
+    stated = {name: getattr(recipe, name) for name in OF_MEASURING & set(given)}
+    runtimes = tuple(dict.fromkeys((*kept, *recipe.runtimes)))
+    return stored.model_copy(update={**stated, "runtimes": runtimes})
 
 
 def quantized_model(folder: Path) -> QuantizedModel:
@@ -304,14 +311,15 @@ class _Run:
             write_atomic(self.out / LAYOUTS, to_json(layouts))
             self.exports = self.exports.laid_out(layouts)
             artifacts = self.exports.write(self.stages, integers)
-            if gone := [name for name in before if name not in {one.name for one in artifacts}]:
-                self.display.note(f"not asked for, so taken out of {ARTIFACTS}/: {', '.join(gone)}")
             data = data.without(calibration=calibrated.value["skipped"])
             chosen = replace(
                 self._choices(integers, quantized, data, training),
                 layouts=tuple(layouts.values()),
             )
             report = self._report(steps, loaded, model, data, artifacts, chosen, integers)
+        there = folders_in(self.out / ARTIFACTS)
+        if gone := [name for name in before if name not in there]:
+            self.display.note(f"not asked for, so taken out of {ARTIFACTS}/: {', '.join(gone)}")
         store = self.stages.store
         return Finished(report=report, made=tuple(store.made), reused=tuple(store.reused))
 
@@ -367,7 +375,10 @@ class _Run:
         if lab.spots:
             write_atomic(self.out / PLACES, places_json(lab.known()))
         # What was only exported has nothing to be judged by.
-        known = all(row.accuracy.outcome != "not_run" for row in report.artifacts)
+        rows = report.artifacts
+        outcomes = {row.accuracy.outcome for row in rows}
+        outcomes |= {one.outcome for row in rows for one in row.latency}
+        known = "measured" in outcomes
         budget = self.recipe.budget() if steps.verify or steps.bench or known else None
         return conclude(report, self.out, budget, baseline=self.recipe.baseline, stages=self.stages)
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from reports.document import Check, Gate, Report
 
 MISSING = "—"
-NOTHING_JUDGED = "Nothing was judged: there is no budget, or no artifact's accuracy is known yet."
+NOTHING_JUDGED = "Nothing was judged: there is no budget, or nothing was measured yet."
 WORDS = {
     "pass": "✅ pass",
     "fail": "❌ fail",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from pipeline.errors import UsageError
-from pipeline.exports import Exports
+from pipeline.exports import Exports, foreign_in
 from pipeline.recipe import Recipe
 
 
@@ -49,3 +51,30 @@ def test_a_placement_that_says_nothing_is_refused(scheme: str, placement: str, n
     recipe = {"runtimes": ("openvino",), "scheme": scheme, "placement": placement}
     with pytest.raises(UsageError, match=named):
         Exports(Recipe.model_validate(recipe))
+
+
+@pytest.mark.parametrize(
+    ("name", "strangers"),
+    [
+        ("onnx-w8a8/notes.txt", 1),
+        ("onnx-w8a8/model.engine", 1),
+        ("onnx-w8a8/.mine", 1),
+        ("mine/model.onnx", 1),
+        ("mine.txt", 1),
+        ("onnx-w8a8/model.onnx", 0),
+        ("openvino-float/model.bin", 0),
+        ("openvino-float/model.xml", 0),
+        ("onnx-w8a8/.DS_Store", 0),
+    ],
+)
+def test_what_no_run_wrote_is_found_among_artifacts(
+    name: str,
+    strangers: int,
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("")
+    found = foreign_in(tmp_path)
+    assert (found is not None) == bool(strangers)
+    assert found is None or file.is_relative_to(found)

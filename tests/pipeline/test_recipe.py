@@ -212,6 +212,27 @@ def test_what_is_allowed_is_said_once_and_in_words_of_toml(
     assert "instance" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["'64'", "true", "1.5"])
+@pytest.mark.parametrize(
+    "key",
+    ["input_size", "batch", "seed", "threads", "eval_images", "[preprocessing]\nresize_size"],
+)
+def test_a_number_is_a_number(key: str, value: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(f"{key} = {value}")
+    with pytest.raises(UsageError):
+        load_recipe(path, {})
+
+
+@pytest.mark.parametrize("value", ["['0.5']", "[true]", "[nan]", "[inf]"])
+@pytest.mark.parametrize("key", ["mean", "std"])
+def test_means_are_finite_numbers(key: str, value: str, tmp_path: Path) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_text(f"[preprocessing]\n{key} = {value}")
+    with pytest.raises(UsageError):
+        load_recipe(path, {})
+
+
 def test_a_layer_is_named_once() -> None:
     assert Recipe(float_layers=("a", "b", "a")).float_layers == ("a", "b")
 

@@ -12,9 +12,9 @@ from pipeline import checkpoint
 from pipeline.convnext import seeded
 from pipeline.locate import locate
 from pipeline.quantize import write
-from pipeline.recipe import Recipe, load_recipe
+from pipeline.recipe import Budget, Recipe, load_recipe
 from pipeline.records import Architecture, QuantizedModel
-from pipeline.run import preprocessing_of, trained_on
+from pipeline.run import added_to, preprocessing_of, trained_on
 from pipeline.sidecar import read_sidecar
 
 
@@ -52,3 +52,52 @@ def test_training_goes_on_from_the_integers_of_a_folder_that_was_tuned_in_full(
     assert (recipe.tune, recipe.placement) == ("quick", small_model[0].placement)
     (tmp_path / "recipe.json").write_text(Recipe(runtimes=("onnx",)).model_dump_json())
     assert trained_on(tmp_path, {}).placement is None
+
+
+def folder_of(out: Path, recipe: Recipe, *runtimes: str) -> Path:
+    for name in runtimes:
+        (out / "artifacts" / f"{name}-float").mkdir(parents=True)
+    (out / "recipe.json").write_text(recipe.model_dump_json())
+    return out
+
+
+def test_a_runtime_is_added_to_those_that_are_there_and_nothing_else_changes(
+    tmp_path: Path,
+) -> None:
+    budget = Budget(max_drop_pp=0.5)
+    stored = Recipe(runtimes=("onnx", "openvino"), gate=budget, device="cpu:avx2", threads=2)
+    out = folder_of(tmp_path, stored, "onnx")
+    # openvino was named and never exported: it is not made now either.
+    found = added_to(out, Recipe(runtimes=("tflite",)), {"runtimes"})
+    assert found == stored.model_copy(update={"runtimes": ("onnx", "tflite")})
+    other = Budget(max_drop_pp=2.0)
+    found = added_to(out, Recipe(runtimes=("tflite",), gate=other), {"runtimes", "gate"})
+    assert (found.gate, found.device) == (other, "cpu:avx2")
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({}, {"batch": 2}),
+        ({}, {"isa": "vnni"}),
+        ({}, {"scheme": "float16"}),
+        ({}, {"calibration_images": 16}),
+        ({"tune": "full"}, {}),
+        ({}, {"tune": "full"}),
+        ({"max_drop": 1.0}, {"max_drop": 1.0}),
+    ],
+)
+def test_what_may_change_other_runtimes_artifacts_adds_nothing(
+    before: dict[str, Any], now: dict[str, Any], tmp_path: Path
+) -> None:
+    out = folder_of(tmp_path, Recipe(runtimes=("onnx",), **before), "onnx")
+    asked = Recipe(runtimes=("tflite",), **now)
+    assert added_to(out, asked, set(now)) == asked
+
+
+def test_a_folder_without_a_recipe_or_artifacts_adds_nothing(tmp_path: Path) -> None:
+    asked = Recipe(runtimes=("tflite",))
+    assert added_to(tmp_path, asked, set()) == asked
+    assert added_to(folder_of(tmp_path, Recipe(runtimes=("onnx",))), asked, set()) == asked
+    (tmp_path / "recipe.json").write_text("{")
+    assert added_to(tmp_path, asked, set()) == asked
