@@ -149,7 +149,7 @@ def _print_version(asked: bool) -> None:  # noqa: FBT001 - typer calls it so
 
 @app.callback()
 def about(
-    version: Annotated[
+    asked: Annotated[
         bool,
         typer.Option("--version", help="Tell the version.", callback=_print_version, is_eager=True),
     ] = False,

@@ -24,6 +24,7 @@ from pipeline.records import (
     Proof,
     Wanted,
 )
+from pipeline.stages import STAGES
 from pipeline.store import Stage, publish, sha256_file
 from targets import base
 from targets.base import ARTIFACT_STEM, check_expressible, placement_of
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
 ARTIFACTS = "artifacts"
 """Their place in a run folder."""
-BESIDE: Mapping[str, tuple[str, ...]] = {".xml": (".bin",)}
-"""Endings of files that an artifact with this ending has beside it."""
 NO_LAYOUTS: Mapping[str, Layout] = {}
 MODEL_FILES = ("params.json", "tensors.safetensors")
 """What `pipeline.quantize` writes."""
@@ -240,20 +239,25 @@ def folders_in(artifacts: Path) -> list[str]:
     return [name for name in names if (artifacts / name).is_dir()]
 
 
-def foreign_in(artifacts: Path) -> Path | None:
-    """Return a file or folder among the artifacts that is none of theirs, where there is one."""
-    ours = {name: _files_of(name.partition("-")[0]) for name in folders_in(artifacts)}
-    found = [one for one in artifacts.glob("*") if one.name not in ours]
-    for name, files in ours.items():
-        found += [one for one in (artifacts / name).iterdir() if one.name not in files]
+def foreign_in(out: Path) -> Path | None:
+    """Return what lies among a run folder's artifacts and no run wrote, where there is something.
+
+    Args:
+        out: The run folder, whose stages know what they wrote.
+    """
+    ours = folders_in(out / ARTIFACTS)
+    found = [one for one in (out / ARTIFACTS).glob("*") if one.name not in ours]
+    for name in ours:
+        stages = (out / STAGES).glob(f"export-{name}-*")
+        wrote = {one.name for stage in stages for one in stage.iterdir()}
+        found += [
+            one
+            for one in (out / ARTIFACTS / name).iterdir()
+            if (one.name not in wrote if wrote else one.stem != ARTIFACT_STEM)
+        ]
     # What a system leaves by itself, and what an interrupted run left, is nobody's.
     foreign = (one for one in sorted(found) if not one.name.startswith((".DS_Store", ".partial-")))
     return next(foreign, None)
-
-
-def _files_of(runtime: str) -> set[str]:
-    suffix = base.runtime(runtime).capabilities.suffix
-    return {f"{ARTIFACT_STEM}{one}" for one in (suffix, *BESIDE.get(suffix, ()))}
 
 
 def _published(stages: Stages, artifact: Artifact) -> Artifact:

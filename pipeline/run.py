@@ -621,7 +621,7 @@ def _check_place(out: Path, beside: Path | None) -> None:
     others = [name for name in (*PUBLISHED, *LEFT) if (out / name).exists()]
     if others and not _of_a_run(out):
         why = f"holds {' and '.join(others)}, and no run wrote it"
-    elif (foreign := foreign_in(out / ARTIFACTS)) is not None:
+    elif (foreign := foreign_in(out)) is not None:
         why = f"holds {foreign}, which no run wrote and which would be lost"
     elif beside is not None and place == beside.resolve():
         why = "is RUN_DIR itself, whose model and artifacts would be lost"

@@ -62,19 +62,30 @@ def test_a_placement_that_says_nothing_is_refused(scheme: str, placement: str, n
         ("mine/model.onnx", 1),
         ("mine.txt", 1),
         ("onnx-w8a8/model.onnx", 0),
-        ("openvino-float/model.bin", 0),
-        ("openvino-float/model.xml", 0),
+        ("onnx-w8a8/weights.bin", 0),  # a runtime may write what it likes
         ("onnx-w8a8/.DS_Store", 0),
     ],
 )
 def test_what_no_run_wrote_is_found_among_artifacts(
-    name: str,
-    strangers: int,
-    tmp_path: Path,
+    name: str, strangers: int, tmp_path: Path
 ) -> None:
-    file = tmp_path / name
-    file.parent.mkdir(exist_ok=True)
+    stage = tmp_path / "stages" / "export-onnx-w8a8-0123"
+    stage.mkdir(parents=True)
+    for wrote in ("model.onnx", "weights.bin", "stage.json"):
+        (stage / wrote).write_text("")
+    file = tmp_path / "artifacts" / name
+    file.parent.mkdir(parents=True)
     file.write_text("")
     found = foreign_in(tmp_path)
     assert (found is not None) == bool(strangers)
     assert found is None or file.is_relative_to(found)
+
+
+def test_artifacts_whose_stages_were_thrown_away_are_no_strangers(tmp_path: Path) -> None:
+    folder = tmp_path / "artifacts" / "openvino-float"
+    folder.mkdir(parents=True)
+    for name in ("model.xml", "model.bin"):
+        (folder / name).write_text("")
+    assert foreign_in(tmp_path) is None
+    (folder / "notes.txt").write_text("mine")
+    assert foreign_in(tmp_path) == folder / "notes.txt"
