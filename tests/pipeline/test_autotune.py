@@ -670,7 +670,8 @@ def test_a_run_folder_is_tuned_and_its_measurements_are_kept(tmp_path: Path) -> 
     assert [one.scheme for one in report.breakdowns] == [row.scheme for row in report.artifacts]
     assert all(one.floor_ms for one in report.breakdowns)
     said = cli("explain", "--latency", "run/artifacts/onnx-float/model.onnx")
-    assert "Its pointwise layers alone take" in said
+    # So short a model may take less than its profiler does, and which it is differs by machine.
+    assert ("pointwise layers alone take" in said) != ("Without the profiler it takes" in said)
     assert "depthwise" in said
     assert re.search(r"reused:[^.]*tune-local-onnx", cli("tune", "run"))
     assert read_report(tmp_path / "run").layouts == (layout,)
