@@ -40,8 +40,9 @@ from pipeline.candidates import (
     usable,
 )
 from pipeline.errors import ArtifactError, DeviceError, WorkerError
+from pipeline.layouts import network_key
 from pipeline.records import FLOATING, Candidate, Export, Layout
-from pipeline.store import Stage, file_stem, library_versions
+from pipeline.store import Stage, file_stem, installed_versions
 from reports.layouts import ONE_CANDIDATE, TUNE_OFF, placed
 from targets import base
 from targets.devices.local import isa_of
@@ -106,6 +107,11 @@ class Conditions:
         counts = counts_instructions(device)
         threads = 1 if counts else self.threads
         return replace(self, device=device, counts=counts, threads=threads, stands_in=True)
+
+    @property
+    def network(self) -> str:
+        """What tells a network of this shape from others."""
+        return network_key(self.architecture, self.image_shape, self.float_layers)
 
     @property
     def per_round(self) -> int:
@@ -198,19 +204,22 @@ class Autotuner:
         if len(wanted) == 1:
             return self.exports.default_layout(target, ONE_CANDIDATE)
         stage = self._stage(target, info, wanted)
-        if not self.stages.is_done(stage) and (why := self._not_now(info)) is not None:
+        known, why = self.stages.store.find(stage), self._not_now(info)
+        if known is None and why is not None:
             return self.exports.default_layout(target, why)
+        # What failed may not fail again, nor with another checkpoint's weights.
+        again = known is not None and why is None and lacks_some(known)
 
         def make(folder: Path, progress: Progress) -> None:
             self._measure(target, model, wanted, folder, progress)
 
         try:
-            folder = self.stages.do_here(stage, make)
+            folder = self.stages.do_here(stage, make, anew=again)
         except (WorkerError, ArtifactError, DeviceError) as error:
             if isinstance(error, DeviceError) and not self.given.stands_in:
                 raise  # a default would take the place of what was chosen there before
             return self.exports.default_layout(target, f"measuring failed: {error}")
-        found = _CANDIDATES.validate_json((folder / MEASURED).read_bytes())
+        found = measured_in(folder)
         return self._chosen(target, model, info, found)
 
     def _not_now(self, info: DeviceInfo) -> str | None:
@@ -291,7 +300,7 @@ class Autotuner:
             samples = self._turns(left, paths, rounds, progress)
             raw.append(samples)
             found |= self._timed(left, samples, heat=len(raw) - 1)
-            ran = [found[export] for export in left]
+            ran = [one for export in left if (one := found[export]).outcome == "measured"]
             stay = faster_half(ran, usable(self.given.clock, ran))
             if self.given.counts or len(stay) == len(left):
                 return raw  # counts repeat: another heat would say the same
@@ -428,11 +437,8 @@ class Autotuner:
             device=info.name,
             threads=self.given.threads,
             input_size=self.given.image_shape[-1],
-            versions={
-                name: version
-                for name, version in library_versions(target.capabilities.distributions).items()
-                if version is not None
-            },
+            network=self.given.network,
+            versions=installed_versions(target.capabilities.distributions),
             clock=clock,
             candidates=tuple(seen.get(i, one) for i, one in enumerate(found)),
             scheme=kept.scheme if kept else "float",
@@ -464,8 +470,18 @@ def _exported(worker: Worker, model: Path, export: Export, folder: Path) -> Path
             folder=str(folder),
         )
     except (WorkerError, ArtifactError) as error:
-        return failed(export, error)
+        return failed(export, str(error))
     return folder / str(made.value["path"])
+
+
+def measured_in(folder: Path) -> tuple[Candidate, ...]:
+    """Read the candidates that a finished stage measured."""
+    return _CANDIDATES.validate_json((folder / MEASURED).read_bytes())
+
+
+def lacks_some(folder: Path) -> bool:
+    """Return whether a candidate failed in a finished stage."""
+    return any(one.outcome == "failed" for one in measured_in(folder))
 
 
 def counts_instructions(device: Device) -> bool:

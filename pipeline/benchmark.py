@@ -69,11 +69,14 @@ def noise_image(shape: tuple[int, int, int, int]) -> NDArray[np.float32]:
 
 
 def read_latencies(
-    folder: Path, info: DeviceInfo, *, threads: int, samples_file: str
+    folder: Path, info: DeviceInfo, target: Runtime, *, threads: int, samples_file: str
 ) -> dict[str, Latency]:
     """Derive the figures of each artifact from the samples.json that `bench` wrote."""
     samples = _SAMPLES.validate_json((folder / SAMPLES).read_bytes())
-    return latencies(info, samples, threads=threads, samples_file=samples_file)
+    rows = latencies(info, samples, threads=threads, samples_file=samples_file)
+    if not target.capabilities.accelerated:
+        return rows
+    return {label: replace(row, accelerated=True) for label, row in rows.items()}
 
 
 def latencies(
@@ -92,8 +95,12 @@ def latencies(
     """
     by_label = {item.label: item for item in samples}
     harness, base = by_label.pop(HARNESS), by_label.get("float")
+    base = None if base is None or base.error else base
     rows = {}
     for label, item in by_label.items():
+        if item.error is not None:
+            rows[label] = failed(info, item.error, threads=threads)
+            continue
         row = Latency(
             device=info.name,
             outcome="measured",
@@ -115,9 +122,16 @@ def latencies(
             **_counts(item, base),
             before=item.before,
             after=item.after,
+            accelerated=info.accelerated,
         )
         rows[label] = _beside_float(row, item, base) if base else row
     return rows
+
+
+def lacks_some(folder: Path) -> bool:
+    """Return whether the samples.json that `bench` wrote tells of an artifact that failed."""
+    samples = _SAMPLES.validate_json((folder / SAMPLES).read_bytes())
+    return any(item.error for item in samples)
 
 
 def _counts(item: Samples, base: Samples | None) -> dict[str, Any]:
@@ -158,4 +172,11 @@ def not_run(
     """Return the row of an artifact that could not be timed, with the reason."""
     return Latency(
         device=device, outcome="not_run", reason=reason.reason, threads=threads, kind=kind
+    )
+
+
+def failed(info: DeviceInfo, reason: str, *, threads: int) -> Latency:
+    """Return the row of an artifact that failed on a device, with the reason."""
+    return Latency(
+        device=info.name, outcome="failed", reason=reason, threads=threads, kind=info.kind
     )

@@ -140,6 +140,8 @@ def raw(of: Samples, clock: Clock) -> Sequence[float]:
 
 def is_faster(one: Samples, other: Samples, clock: Clock, per_round: int) -> bool:
     """Return whether one took less, by the 95 % interval of the ratio; counts say it themselves."""
+    if one.error or other.error:
+        return False
     if clock == "instructions":
         return max(one.instructions) < min(other.instructions)
     found = ratio_interval(raw(one, clock), raw(other, clock), per_round=per_round)
@@ -156,9 +158,9 @@ def described(export: Export) -> dict[str, Any]:
     }
 
 
-def failed(export: Export, error: Exception) -> Candidate:
+def failed(export: Export, reason: str) -> Candidate:
     """Return the candidate that an export became which failed."""
-    return Candidate(**described(export), outcome="failed", reason=str(error))
+    return Candidate(**described(export), outcome="failed", reason=reason)
 
 
 def timed(
@@ -178,10 +180,14 @@ def timed(
         per_round: Samples of a turn: those hang together.
         heat: Which one it was, from 0.
     """
-    floats = [s for e, s in zip(exports, samples, strict=True) if e.scheme == "float"]
+    ran = [(e, s) for e, s in zip(exports, samples, strict=True) if s.error is None]
+    floats = [item for export, item in ran if export.scheme == "float"]
     best = min(floats, key=lambda of: float(np.median(raw(of, clock))), default=None)
     found = {}
     for export, item in zip(exports, samples, strict=True):
+        if item.error is not None:
+            found[export] = failed(export, item.error)
+            continue
         cpu = best and ratio_interval(item.cpu_ms, best.cpu_ms, per_round=per_round)
         wall = best and ratio_interval(item.wall_ms, best.wall_ms, per_round=per_round)
         found[export] = Candidate(

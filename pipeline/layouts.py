@@ -6,31 +6,49 @@ In: a run folder's layouts.json and what a recipe exports. Out: a `Layout` for e
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from pydantic import TypeAdapter, ValidationError
 
 from pipeline.errors import ArtifactError, printable
 from pipeline.records import FLOATING, Layout
+from pipeline.store import installed_versions, sha256_json
 from reports.layouts import TUNE_OFF
 from targets import base
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from pipeline.exports import Exports
     from pipeline.recipe import Recipe
+    from pipeline.records import Architecture
 
 LAYOUTS = "layouts.json"
 
 
-def kept_layouts(exports: Exports, file: Path, stages: int) -> dict[str, Layout]:
+def network_key(
+    architecture: Architecture, image_shape: Sequence[int], float_layers: Sequence[str]
+) -> str:
+    """Return the sha256 of what decides, beside the weights, how long a network takes.
+
+    Args:
+        architecture: Of the network.
+        image_shape: NCHW of one input.
+        float_layers: Layers that stay float in every placement.
+    """
+    return sha256_json([asdict(architecture), list(image_shape), list(float_layers)])
+
+
+def kept_layouts(exports: Exports, file: Path, stages: int, network: str) -> dict[str, Layout]:
     """Return what was chosen before; a runtime of which nothing fits takes its default.
 
     Args:
         exports: What a recipe exports.
         file: Of the run folder.
         stages: Of the network.
+        network: Its `network_key`.
 
     Raises:
         ArtifactError: The file is damaged, or names what a runtime or the network does not have.
@@ -42,7 +60,11 @@ def kept_layouts(exports: Exports, file: Path, stages: int) -> dict[str, Layout]
     for target in exports.targets:
         default = exports.default_layout(target, why)
         before = found.get(target.name, default)
-        kept[target.name] = before if _fits(before, default, exports.recipe) else default
+        if not _fits(before, default, exports.recipe):
+            before = default
+        elif (other := _chosen_for_another(before, target, network)) is not None:
+            before = replace(default, reason=f"{other}: run `convnext-edge tune RUN_DIR`")
+        kept[target.name] = before
     return kept
 
 
@@ -96,3 +118,16 @@ def _fits(layout: Layout, default: Layout, recipe: Recipe) -> bool:
     """Return whether a layout is of the artifacts that a recipe asks for."""
     placed = recipe.placement is None or layout.placement in {None, default.placement}
     return placed and layout.isa == default.isa and layout.asked == recipe.scheme
+
+
+def _chosen_for_another(layout: Layout, target: base.Runtime, network: str) -> str | None:
+    """Say what a measured layout was chosen for, where that is not what is exported now."""
+    if layout.source != "measured":
+        return None
+    if layout.network != network:
+        return f"chosen for another network or input, of {layout.input_size} pixels"
+    was, now = layout.versions or {}, installed_versions(target.capabilities.distributions)
+    if was == now:
+        return None
+    other = next(name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name))
+    return f"chosen with {other} {was.get(other)}, and {now.get(other)} is installed"

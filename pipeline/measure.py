@@ -337,22 +337,21 @@ class Timing:
                 progress=progress,
             )
 
+        known = self.stages.store.find(stage)
+        # What failed may not fail again.
+        anew = self.anew or (self.asked and known is not None and benchmark.lacks_some(known))
         try:
-            folder = self.stages.do_here(stage, make, anew=self.anew)
+            folder = self.stages.do_here(stage, make, anew=anew)
         except (WorkerError, ArtifactError, DeviceError) as error:
-            failed = Latency(
-                device=info.name,
-                outcome="failed",
-                reason=str(error),
-                threads=self.threads,
-                kind=info.kind,
-            )
-            return {a.name: failed for a in group}
+            row = benchmark.failed(info, str(error), threads=self.threads)
+            return {a.name: row for a in group}
         place = f"{file_stem(info.name)}-{self.threads}t-{target.name}"
         kept = f"{SAMPLES}/{place}/{benchmark.SAMPLES}"
         if self.kept:
             publish(folder, (self.stages.out / kept).parent, (benchmark.SAMPLES,))
-        rows = benchmark.read_latencies(folder, info, threads=self.threads, samples_file=kept)
+        rows = benchmark.read_latencies(
+            folder, info, target, threads=self.threads, samples_file=kept
+        )
         return {a.name: rows[a.export.scheme] for a in group}
 
     def _cannot(self, target: base.Runtime) -> base.NotRun | None:

@@ -568,7 +568,7 @@ class DeviceState:
     """How a device stands at one moment; None and empty where it does not tell.
 
     Attributes:
-        governor: Of its first core's clock, as Linux names it.
+        governor: Of the first core that was used: of its clock, as Linux names it.
         frequency_mhz: Of that core.
         temperatures_c: Zone to degrees Celsius.
         throttled: What the device says of being slowed down (`vcgencmd get_throttled` on a Pi).
@@ -591,7 +591,8 @@ class Latency:
     import of the runtime's packages. `energy_mj` is what all CPU packages took per inference, idle
     included, where counters tell it. Where instructions were counted, `instructions` is the median
     per inference, `instruction_spread` (largest - least) / median, and `instruction_kinds` and
-    `instructions_by_symbol` say which: counts are never turned into times.
+    `instructions_by_symbol` say which: counts are never turned into times. `accelerated` says that
+    something else than the CPU may have computed: then CPU time is not the artifact's.
     """
 
     device: str
@@ -627,6 +628,7 @@ class Latency:
     instructions_by_symbol: dict[str, int] | None = None
     before: DeviceState | None = None
     after: DeviceState | None = None
+    accelerated: bool = False
 
 
 @_record
@@ -942,7 +944,9 @@ class Layout:
     Attributes:
         source: `measured` on `device`, or a `default` of the ISA, which `reason` explains.
         isa: What the artifacts are made for.
-        versions: Of the runtime's packages: a choice holds for these.
+        network: Hash of the architecture, the input's shape and the layers that stay float: a
+            choice holds for these,
+        versions: and for these versions of the runtime's packages.
         clock: By which time, or count, candidates were ranked.
         candidates: All that were measured, those that stayed longest first.
         asked: The scheme that the recipe asked for.
@@ -960,6 +964,7 @@ class Layout:
     device: str | None = None
     threads: int | None = None
     input_size: int | None = None
+    network: str | None = None
     versions: dict[str, str] | None = None
     clock: Literal["cpu", "wall", "instructions"] | None = None
     candidates: tuple[Candidate, ...] = ()

@@ -27,7 +27,7 @@ from pipeline.errors import ArtifactError, UsageError
 from pipeline.exports import ARTIFACTS, MODEL_FILES, Exports, folders_in, foreign_in
 from pipeline.finetune import Course, Finetuner, require_trainable
 from pipeline.lab import PLACES, Lab, check_threads, kept_places, places_json
-from pipeline.layouts import LAYOUTS, kept_layouts
+from pipeline.layouts import LAYOUTS, kept_layouts, network_key
 from pipeline.loaded import read_record
 from pipeline.locate import locate
 from pipeline.measure import Timing, Verification, time_saved
@@ -347,6 +347,11 @@ class _Run:
         own, away = timing.run(artifacts), lab.latencies(artifacts, asked=steps.bench)
         report = assemble.report(
             local=_this_machine(),
+            devices=[
+                info
+                for info in (timing.info, *(one.info for one in lab.known()))
+                if isinstance(info, base.DeviceInfo)
+            ],
             distributions=[d for t in self.exports.targets for d in t.capabilities.distributions],
             checkpoint=assemble.model(model, loaded.value, self.preprocessing.input_size),
             data=document.Data(
@@ -509,9 +514,13 @@ class _Run:
         self, integers: Path, steps: Steps, loaded: Done, model: Checkpoint, data: Data
     ) -> dict[str, Layout]:
         """Choose the graph form and placement of every runtime, by measurement where asked."""
+        shape, float_layers = self._image_shape(model), quantized_model(integers).float_layers
         if not steps.choose:
             return kept_layouts(
-                self.exports, self.out / LAYOUTS, stages=len(model.architecture.depths)
+                self.exports,
+                self.out / LAYOUTS,
+                stages=len(model.architecture.depths),
+                network=network_key(model.architecture, shape, float_layers),
             )
         budget = self.recipe.budget()
         limit = budget.max_drop_pp if budget is not None else None
@@ -521,8 +530,8 @@ class _Run:
             threads=self.recipe.threads,
             architecture=model.architecture,
             macs=loaded.value["macs"],
-            float_layers=quantized_model(integers).float_layers,
-            image_shape=self._image_shape(model),
+            float_layers=float_layers,
+            image_shape=shape,
             effort=self.recipe.tune,
             asked=steps.bench and self.recipe.bench,
         )

@@ -129,6 +129,12 @@ def library_versions(distributions: Sequence[str]) -> dict[str, str | None]:
     return {name: _version(name) for name in distributions}
 
 
+def installed_versions(distributions: Sequence[str]) -> dict[str, str]:
+    """Return the version of each distribution that is installed."""
+    found = library_versions(distributions).items()
+    return {name: version for name, version in found if version is not None}
+
+
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)

@@ -10,11 +10,12 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.store import library_versions
+from pipeline.store import installed_versions
 from reports.document import (
     ArtifactRow,
     Calibration,
     Data,
+    Device,
     FloatResult,
     Gate,
     Host,
@@ -24,7 +25,7 @@ from reports.document import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from pipeline.records import (
         Accuracy,
@@ -66,13 +67,25 @@ class Measured:
 
 def host(local: DeviceInfo, distributions: Sequence[str]) -> Host:
     """Describe this machine, with the versions of what made and ran the artifacts."""
-    versions = library_versions((*BASE, *distributions))
     return Host(
         cpu=local.description,
         isa=local.isa,
         os=platform.platform(),
         python=sys.version.split()[0],
-        packages={name: version for name, version in versions.items() if version is not None},
+        packages=installed_versions((*BASE, *distributions)),
+    )
+
+
+def device(info: DeviceInfo) -> Device:
+    """Describe what artifacts were measured on."""
+    return Device(
+        name=info.name,
+        kind=info.kind,
+        description=info.description,
+        isa=info.isa,
+        cores=info.cores,
+        versions=info.versions,
+        accelerated=info.accelerated,
     )
 
 
@@ -152,6 +165,7 @@ def calibration(
 def report(
     *,
     local: DeviceInfo,
+    devices: Iterable[DeviceInfo],
     distributions: Sequence[str],
     checkpoint: Model,
     data: Data,
@@ -174,4 +188,5 @@ def report(
         layouts=chosen.layouts,
         breakdowns=tuple(measured.breakdowns),
         parity=tuple(measured.parity),
+        devices=tuple({one.name: device(one) for one in devices}.values()),
     )

@@ -7,7 +7,7 @@ matter: of enough samples every difference is significant, and of few every fact
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import TypeAdapter, ValidationError
@@ -36,6 +36,8 @@ SMALLEST_TIME_FACTOR, SMALLEST_COUNT_FACTOR = 1.05, 1.01
 Verdict = Literal["faster", "slower", "no change shown", "not comparable"]
 Clock = Literal["wall", "cpu"]
 
+_SHOWN = 12
+"""Of a version that is a hash."""
 _SAMPLES = TypeAdapter(list[Samples])
 
 
@@ -97,7 +99,9 @@ def compare_runs(before: Path, after: Path, clock: Clock) -> list[Change]:
                 found.append(_lone(row, one, "the earlier run has no such row", clock))
             if was is not None and "measured" in {one.outcome, was[1].outcome}:
                 unlike = _unlike((old, *was), (new, row, one))
-                found.append(_changed((before, was[1]), (after, one), (was[0], row), unlike, clock))
+                said = _changed((before, was[1]), (after, one), (was[0], row), unlike, clock)
+                others = _other_versions((old, was[1]), (new, one))
+                found.append(replace(said, why="; ".join((said.why, *others))))
     lost = (was for was in known.values() if was[1].outcome == "measured")
     return found + [_lone(*was, "the later run has no such row", clock) for was in lost]
 
@@ -130,9 +134,27 @@ def _unlike(
             return f"the {when} run did not measure it: {one.reason}"
     if then.kind == "host" and before.host.cpu != after.host.cpu:
         return f"measured on {before.host.cpu} and on {after.host.cpu}"
+    earlier, later = before.device(then.device), after.device(now.device)
+    if earlier and later and earlier.description != later.description:
+        return f"{now.device} was {earlier.description}, and is {later.description}"
     if before.model.input_size != after.model.input_size or was.batch != row.batch:
         return "the inputs have other shapes"
     return None
+
+
+def _other_versions(old: tuple[Report, Latency], new: tuple[Report, Latency]) -> list[str]:
+    """Name what ran there in another version."""
+    was, now = _versions(*old), _versions(*new)
+    return [
+        f"{name} {was[name][:_SHOWN]} then, {now[name][:_SHOWN]} now"
+        for name in sorted(was.keys() & now.keys())
+        if was[name] != now[name]
+    ]
+
+
+def _versions(report: Report, one: Latency) -> dict[str, str]:
+    described = report.device(one.device)
+    return (described.versions if described else {}) | (one.versions or {})
 
 
 def _changed(

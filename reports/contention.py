@@ -15,8 +15,17 @@ CONTENTION = 1.3
 
 
 def contention(latency: Latency) -> float | None:
-    """Return wall over CPU time where one thread waited for a processor, else None."""
+    """Return wall over CPU time where one thread waited for a processor, else None.
+
+    A thread that waits for a GPU waits for no processor.
+    """
     wall, cpu = latency.wall_p50_ms, latency.cpu_p50_ms
-    if latency.threads != 1 or wall is None or not cpu or wall / cpu <= CONTENTION:
+    if (
+        latency.threads != 1
+        or latency.accelerated
+        or wall is None
+        or not cpu
+        or wall / cpu <= CONTENTION
+    ):
         return None
     return wall / cpu

@@ -18,6 +18,7 @@ from pipeline.records import (
     Agreement,
     Breakdown,
     Fraction,
+    Kind,
     Latency,
     Layout,
     Parity,
@@ -52,6 +53,22 @@ class Host(_Model):
     os: str
     python: str
     packages: dict[str, str]
+
+
+class Device(_Model):
+    """What artifacts were measured on, as it described itself.
+
+    `isa` has its flags as far as kernels are chosen by them; `versions` is of what runs there, as
+    far as it is not the host's; `accelerated` says that something else than its CPU computes.
+    """
+
+    name: str
+    kind: Kind
+    description: str
+    isa: tuple[str, ...]
+    cores: PositiveInt
+    versions: dict[str, str] = Field(default_factory=dict)
+    accelerated: bool = False
 
 
 class Model(_Model):
@@ -203,8 +220,15 @@ class Report(_Model):
     parity: Annotated[
         tuple[Parity, ...], Field(description="outputs on devices, beside this host's")
     ] = ()
+    devices: Annotated[
+        tuple[Device, ...], Field(description="those that answered, now or in an earlier run")
+    ] = ()
 
     model_config = ConfigDict(frozen=True, extra="allow", populate_by_name=True)
+
+    def device(self, name: str) -> Device | None:
+        """Return what a device said of itself; None where that is not known."""
+        return next((one for one in self.devices if one.name == name), None)
 
 
 def write_report(path: Path, report: Report) -> None:

@@ -265,6 +265,7 @@ def _device_page(report: Report, device: str, timings: tuple[Timing, ...]) -> st
     return page.render(
         report=report,
         device=device,
+        described=report.device(device),
         measured=measured,
         counted=[timing for timing in done if timing.latency.instructions is not None],
         states=_states(done),

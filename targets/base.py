@@ -13,7 +13,7 @@ import platform
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
-from pipeline.errors import MissingRuntimeError, UsageError
+from pipeline.errors import EdgeError, MissingRuntimeError, UsageError
 from pipeline.placements import PLACEMENTS
 from pipeline.records import FLOATING, DeviceState, Kind
 from pipeline.store import library_versions
@@ -58,6 +58,7 @@ class Capabilities:
         unsupported_schemes: Schemes it cannot express, with the reason.
         default_isa: The ISA an artifact is made for when none is asked; None is this host's.
         half_flags: Those of CPUs on which it computes its float16 artifacts in float16.
+        accelerated: Whether something else than the CPU may execute its artifacts.
         native_on: The one system that executes its artifacts; elsewhere the runtime interprets
             them. None where every system executes them.
     """
@@ -75,6 +76,7 @@ class Capabilities:
     unsupported_schemes: Mapping[Scheme, str] = field(default_factory=dict)
     half_flags: frozenset[str] = frozenset()
     default_isa: Isa | None = None
+    accelerated: bool = False
     native_on: str | None = None
 
     def placements_in(self, form: str) -> tuple[str, ...]:
@@ -156,6 +158,7 @@ class DeviceInfo:
             is a machine of its own.
         versions: Of what runs there, as far as it is not this environment's: they belong to the
             key of what was measured.
+        accelerated: Whether something else than its CPU computes.
     """
 
     name: str
@@ -165,6 +168,7 @@ class DeviceInfo:
     cores: int
     machine: str = ""
     versions: dict[str, str] = field(default_factory=dict)
+    accelerated: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,21 +199,23 @@ class Samples:
             tells.
         before: How the device stood before the first sample of the run.
         after: How it stood after the last one.
+        error: Why the job gave nothing, in a line; None where it did.
     """
 
     label: str
-    wall_ms: tuple[float, ...]
-    cpu_ms: tuple[float, ...]
-    load_ms: float | None
-    first_ms: float | None
-    peak_memory_bytes: int | None
-    versions: dict[str, str]
+    wall_ms: tuple[float, ...] = ()
+    cpu_ms: tuple[float, ...] = ()
+    load_ms: float | None = None
+    first_ms: float | None = None
+    peak_memory_bytes: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
     instructions: tuple[int, ...] = ()
     instruction_kinds: dict[str, int] = field(default_factory=dict)
     symbols: dict[str, int] = field(default_factory=dict)
     energy_mj: float | None = None
     before: DeviceState | None = None
     after: DeviceState | None = None
+    error: str | None = None
 
 
 class Device(Protocol):
@@ -239,7 +245,8 @@ class Device(Protocol):
     ) -> list[Samples]:
         """Time the jobs, alternating: `rounds` times each in turn, `per_round` inferences.
 
-        A device that counts instead of timing takes as many inferences as its counts need.
+        A device that counts instead of timing takes as many inferences as its counts need. A job
+        that fails there has an `error`, and the others go on: `settled` says when none is left.
 
         Raises:
             DeviceError: The device cannot be reached, or does not do what it is asked.
@@ -321,6 +328,27 @@ class NeedsSetup(Protocol):
         Raises:
             DeviceError: Something it needs is missing; the message says how to install it.
         """
+
+
+def settled(jobs: Sequence[Job], gave: Mapping[str, Samples | EdgeError]) -> list[Samples]:
+    """Return the samples of every job, in order; of one that failed, its error.
+
+    Args:
+        jobs: What was measured.
+        gave: Label to what the job gave.
+
+    Raises:
+        EdgeError: The null job failed, or every other one did: the first error.
+    """
+    failed = {label: one for label, one in gave.items() if isinstance(one, EdgeError)}
+    artifacts = {job.label for job in jobs if job.path is not None}
+    if failed and (failed.keys() - artifacts or failed.keys() >= artifacts):
+        raise next(iter(failed.values()))
+    found = [(job.label, gave[job.label]) for job in jobs]
+    return [
+        one if isinstance(one, Samples) else Samples(label=label, error=str(one))
+        for label, one in found
+    ]
 
 
 def runtimes() -> dict[str, Runtime]:

@@ -24,8 +24,9 @@ OUT, END = "out", "end"
 IMAGES, LOGITS = "images", "logits"
 AT_ONCE = 2
 """Inferences of a process: as many as the tool tells one by one."""
+XNNPACK = "xnnpack"
 DELEGATES = {
-    "xnnpack": "--use_xnnpack=true",
+    XNNPACK: "--use_xnnpack=true",
     "gpu": "--use_gpu=true",
     "nnapi": "--use_nnapi=true",
     "none": "--use_xnnpack=false",
@@ -59,12 +60,15 @@ echo "load $(cat /proc/loadavg)"
 } 2>/dev/null
 """
 RUN = """run() {
+case "$failed" in *" $1 "*) return 0 ;; esac
 echo "== job $1"
+job=$1
 shift
-"$@" 2>&1 || { echo "exit code $?"; exit 0; }
+"$@" 2>&1 || { echo "exit code $?"; failed="$failed $job "; return 0; }
 echo
 }
 """
+"""What failed once is not run again, and the others go on."""
 
 
 class NoAnswerError(ValueError):
@@ -185,7 +189,7 @@ def script(steps: Sequence[str], *, before: str, cpu: int) -> str:
         f'{step}\necho \'{{"done": {done}, "total": {len(steps)}}}\' >&3'
         for done, step in enumerate(steps, start=1)
     ]
-    head = f"set -e\nexec 3>&1 >{OUT}\ncpu={cpu}\n{before}\n{STATE}{RUN}"
+    head = f"set -e\nexec 3>&1 >{OUT}\ncpu={cpu} failed=\n{before}\n{STATE}{RUN}"
     return "\n".join([head, "state before", *lines, "state after", f"echo '== {END}'", ""])
 
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pipeline.errors import DeviceError
+from pipeline.errors import DeviceError, EdgeError
 from pipeline.store import sha256_file
 from pipeline.worker import silent
-from targets.base import DeviceInfo, NotRun, OpTime, Samples
+from targets.base import DeviceInfo, NotRun, OpTime, Samples, settled
 from targets.devices import _benchmark_model as tool
 from targets.devices._workspace import Program, scratch
 from targets.devices.local import ISA_FLAGS, WARM_UP
@@ -58,7 +58,7 @@ class Benchmarked:
         pushed: Path | None,
         prefix: str = "",
         cpu: int = 0,
-        delegate: str = "xnnpack",
+        delegate: str = tool.XNNPACK,
     ) -> None:
         self.name = workspace.name
         self.workspace = workspace
@@ -79,6 +79,7 @@ class Benchmarked:
             isa=tuple(flag for flag in ISA_FLAGS if flag in flags),
             description=f"{NAME} {sha256[:SHOWN]}, delegate {self.delegate}",
             cores=int(known["cores"]),
+            accelerated=self.delegate != tool.XNNPACK,
         )
 
     def can_run(self, wanted: Runtime) -> NotRun | None:
@@ -110,33 +111,15 @@ class Benchmarked:
         )
         with scratch() as folder:
             parts = self._perform(steps, files, folder, progress)
-        found = {label: self._runs(parts, index) for index, label in enumerate(timed)}
-        states = dict(parts)
+        gave: dict[str, Samples | EdgeError] = {job.label: Samples(label=job.label) for job in jobs}
+        for index, label in enumerate(timed):
+            try:
+                gave[label] = self._samples(label, parts, index, sha256)
+            except DeviceError as error:
+                gave[label] = error
+        found, states = settled(jobs, gave), dict(parts)
         before, after = (tool.read_state(states[when]) for when in ("before", "after"))
-        none = Samples(
-            label="",
-            wall_ms=(),
-            cpu_ms=(),
-            load_ms=None,
-            first_ms=None,
-            peak_memory_bytes=None,
-            versions={},
-            before=before,
-            after=after,
-        )
-        return [
-            replace(
-                none,
-                label=job.label,
-                wall_ms=tuple(ms for run in found[job.label] for ms in run.singles),
-                load_ms=found[job.label][0].load_ms,
-                first_ms=found[job.label][0].first_ms,
-                versions={NAME: sha256[:SHOWN]},
-            )
-            if job.label in found
-            else replace(none, label=job.label)
-            for job in jobs
-        ]
+        return [replace(one, before=before, after=after) for one in found]
 
     def infer(
         self, job: Job, images: Image, *, batch: int, threads: int, progress: Progress
@@ -230,6 +213,18 @@ class Benchmarked:
             return tool.sections((folder / tool.OUT).read_text(errors="replace"))
         except tool.NoAnswerError as error:
             raise self._garbage(error) from error
+
+    def _samples(
+        self, label: str, parts: Sequence[tuple[str, str]], index: int, sha256: str
+    ) -> Samples:
+        runs = self._runs(parts, index)
+        return Samples(
+            label=label,
+            wall_ms=tuple(ms for run in runs for ms in run.singles),
+            load_ms=runs[0].load_ms,
+            first_ms=runs[0].first_ms,
+            versions={NAME: sha256[:SHOWN]},
+        )
 
     def _runs(self, parts: Sequence[tuple[str, str]], index: int) -> list[tool.Run]:
         """Return what the processes of a job said."""

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from pipeline.errors import DeviceError
+from pipeline.errors import DeviceError, EdgeError
 from pipeline.records import DeviceState
-from targets.base import Job, Samples, runtime
+from pipeline.store import sha256_bytes
+from targets.base import Job, Samples, runtime, settled
 from targets.devices import _runner
 from targets.devices.local import ISA_FLAGS, WARM_UP
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.worker import Progress
     from targets.base import Image, Logits
 
+DIGITS = 16
 RUNNER = Path(_runner.__file__)
 JOBS, RESULT, LOGITS = "JOBS.json", "RESULT.json", "logits.npy"
 IMAGES = "images.npy"
@@ -40,11 +42,20 @@ class Machine(BaseModel):
 
     description: _Line
     machine: _Line
+    id: _Line
     cores: Annotated[int, Field(gt=0)]
     isa: list[_Line]
     python: _Line
     os: _Line
     packages: dict[str, _Line]
+
+    @property
+    def whole(self) -> str:
+        """What it is called by every address it has; empty where it does not tell.
+
+        Source: machine-id(5), which asks that the id itself be shown to nobody.
+        """
+        return sha256_bytes(f"convnext-edge {self.id}".encode())[:DIGITS] if self.id else ""
 
     @property
     def known_isa(self) -> tuple[str, ...]:
@@ -178,44 +189,52 @@ def read_result(data: bytes, task: Task, device: str) -> Result:
         where = ".".join(str(part) for part in first["loc"])
         raise garbage(device, f"{where or RESULT}: {first['msg']}") from error
     if result.error:
-        raise _failed(device, "the task", result.error)
+        raise failed(device, "the task", result.error)
     if tuple(row.label for row in result.jobs) != task.labels:
         raise garbage(device, f"rows {[row.label for row in result.jobs]}")
     for row in result.jobs:
-        if row.error:
-            raise _failed(device, row.label, row.error)
-        if not len(row.wall_ms) == len(row.cpu_ms) == task.samples:
+        if row.error is None and not len(row.wall_ms) == len(row.cpu_ms) == task.samples:
             raise garbage(device, f"{len(row.wall_ms)} samples of {row.label}")
     return result
 
 
-def samples(result: Result) -> list[Samples]:
-    """Return what the jobs of a validated result gave."""
-    return [
-        Samples(
-            label=row.label,
-            wall_ms=tuple(row.wall_ms),
-            cpu_ms=tuple(row.cpu_ms),
-            load_ms=row.load_ms,
-            first_ms=row.first_ms,
-            peak_memory_bytes=row.peak_memory_bytes,
-            energy_mj=None if row.energy_mj is None else row.energy_mj / len(row.wall_ms),
-            versions=row.versions,
-            before=result.before,
-            after=result.after,
+def samples(result: Result, jobs: Sequence[Job], device: str) -> list[Samples]:
+    """Return what the jobs of a validated result gave.
+
+    Raises:
+        DeviceError: As `targets.base.settled`.
+    """
+    gave: dict[str, Samples | EdgeError] = {}
+    for row in result.jobs:
+        gave[row.label] = (
+            Samples(
+                label=row.label,
+                wall_ms=tuple(row.wall_ms),
+                cpu_ms=tuple(row.cpu_ms),
+                load_ms=row.load_ms,
+                first_ms=row.first_ms,
+                peak_memory_bytes=row.peak_memory_bytes,
+                energy_mj=None if row.energy_mj is None else row.energy_mj / len(row.wall_ms),
+                versions=row.versions,
+            )
+            if row.error is None
+            else failed(device, row.label, row.error)
         )
-        for row in result.jobs
-    ]
+    found = settled(jobs, gave)
+    return [replace(one, before=result.before, after=result.after) for one in found]
 
 
-def read_logits(path: Path, images: int, device: str) -> Logits:
+def read_logits(folder: Path, result: Result, images: int, device: str) -> Logits:
     """Read the logits that the runner wrote.
 
     Raises:
-        DeviceError: They are not one row of float32 per image.
+        DeviceError: There are none, or they are not one row of float32 per image.
     """
+    for row in result.jobs:
+        if row.error is not None:
+            raise failed(device, row.label, row.error)
     try:
-        logits: Logits = np.load(path, allow_pickle=False)
+        logits: Logits = np.load(folder / LOGITS, allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise garbage(device, f"logits that are no array ({error})") from error
     if logits.dtype != np.float32 or logits.ndim != 2 or len(logits) != images:  # noqa: PLR2004
@@ -239,7 +258,8 @@ def garbage(device: str, got: str) -> DeviceError:
     )
 
 
-def _failed(device: str, what: str, why: str) -> DeviceError:
+def failed(device: str, what: str, why: str) -> DeviceError:
+    """Return the error that says that something went wrong in the runner."""
     if "ModuleNotFoundError" in why:
         missing = why.partition("'")[2].partition("'")[0] or why
         return lacks(device, missing)

@@ -66,6 +66,7 @@ class Remote:
             isa=machine.known_isa,
             description=f"{machine.description}, {machine.os}, Python {machine.python}",
             cores=machine.cores,
+            machine=machine.whole,
             versions=machine.packages,
         )
 
@@ -99,7 +100,7 @@ class Remote:
             task = exchange.timing(
                 jobs, image, folder, rounds=rounds, per_round=per_round, threads=threads
             )
-            return exchange.samples(self._perform(task, folder, progress))
+            return exchange.samples(self._perform(task, folder, progress), jobs, self.name)
 
     def infer(
         self, job: Job, images: Image, *, batch: int, threads: int, progress: Progress
@@ -107,8 +108,8 @@ class Remote:
         """Run images through an artifact on the device; see `targets.base.Device`."""
         with scratch() as folder:
             task = exchange.inferring(job, images, folder, batch=batch, threads=threads)
-            self._perform(task, folder, progress)
-            return exchange.read_logits(folder / exchange.LOGITS, len(images), self.name)
+            result = self._perform(task, folder, progress)
+            return exchange.read_logits(folder, result, len(images), self.name)
 
     def _known(self) -> exchange.Machine:
         if self._machine is None:
@@ -118,8 +119,10 @@ class Remote:
 
     def _perform(self, task: exchange.Task, folder: Path, progress: Progress) -> exchange.Result:
         """Run a task there, leave what it wrote in `folder`, and remove its traces."""
+        # What is fetched is there even where the task failed: why it did is in the result.
+        empty = "".join(f": >{name}; " for name in task.outputs)
         program = Program(
-            command=f"{self.python} {RUNNER} {exchange.JOBS} {exchange.RESULT}",
+            command=f"{empty}{self.python} {RUNNER} {exchange.JOBS} {exchange.RESULT}",
             needs="Python 3",
             files={RUNNER: exchange.RUNNER, exchange.JOBS: task.write(folder), **task.files},
             outputs=(exchange.RESULT, *task.outputs),

@@ -51,7 +51,8 @@ TFLITE = {
 """Packages with TFLite's interpreter, and its module: the first that is there is taken."""
 COUNT_FROM, COUNT_TO = -77001, -77002
 """Closing such a file descriptor fails and does nothing, but whoever watches calls sees it."""
-CPU = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+MACHINE_ID = Path("/etc/machine-id")
+CPUS = Path("/sys/devices/system/cpu")
 THERMAL = Path("/sys/class/thermal")
 POWERCAP = Path("/sys/class/powercap")
 SECONDS_TO_ASK = 10
@@ -312,7 +313,8 @@ def machine() -> Answer:
     return {
         "description": model or info.get("model name") or info.get("Hardware") or part,
         "machine": platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
+        "id": read(MACHINE_ID).strip(),
+        "cores": len(cores()),
         "isa": flags,
         "python": platform.python_version(),
         "os": os_name(),
@@ -333,7 +335,8 @@ def packages(modules: Iterable[str]) -> dict[str, str]:
 
 def state() -> Answer:
     """Say how this device stands now; what it does not tell is None or absent."""
-    khz = read(CPU / "scaling_cur_freq").strip()
+    clock = CPUS / f"cpu{min(cores())}" / "cpufreq"
+    khz = read(clock / "scaling_cur_freq").strip()
     temperatures = {}
     for zone in sorted(THERMAL.glob("thermal_zone*")):
         kind = read(zone / "type").strip()
@@ -343,12 +346,27 @@ def state() -> Answer:
     with contextlib.suppress(ValueError):
         temperatures["vcgencmd"] = float(vcgencmd("measure_temp").partition("'")[0])
     return {
-        "governor": read(CPU / "scaling_governor").strip() or None,
+        "governor": read(clock / "scaling_governor").strip() or None,
         "frequency_mhz": int(khz) / 1000 if khz.isdigit() else None,
         "temperatures_c": temperatures,
         "throttled": vcgencmd("get_throttled") or None,
-        "load": os.getloadavg()[0],
+        "load": load_average(),
     }
+
+
+def cores() -> set[int]:
+    """Return the cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)
+    return set(range(os.cpu_count() or 1))
+
+
+def load_average() -> float | None:
+    """Return how many processes could run in the last minute; not every Android tells."""
+    try:
+        return os.getloadavg()[0]
+    except OSError:
+        return None
 
 
 def vcgencmd(word: str) -> str:

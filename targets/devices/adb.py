@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import DeviceError, UsageError
 from targets.base import NotRun
 from targets.devices._adb_link import Link, attached, server_runs
-from targets.devices._benchmark_model import DELEGATES
+from targets.devices._benchmark_model import DELEGATES, XNNPACK
 from targets.devices._benchmarked import NAME, VARIABLE, Benchmarked
 from targets.devices._remote import Remote
 
@@ -101,7 +101,7 @@ class Phone:
             pushed=pushed,
             prefix=prefix,
             cpu=(mask & -mask).bit_length() - 1,
-            delegate=address.delegate or "xnnpack",
+            delegate=address.delegate or XNNPACK,
         )
 
     def probe(self) -> DeviceInfo | NotRun:

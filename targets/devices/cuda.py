@@ -70,6 +70,7 @@ class Cuda(Local):
             description=gpu.description,
             cores=available_cores(),
             machine=HOST,
+            accelerated=True,
         )
 
     def can_run(self, wanted: Runtime) -> NotRun | None:
@@ -99,13 +100,16 @@ class Cuda(Local):
         threads: int,
         progress: Progress,
     ) -> list[Samples]:
-        """Time the jobs as `local` does, and say how the GPU stood before and after."""
+        """Time the jobs as `local` does, and say how the GPU stood before and after.
+
+        The energy of the CPU's packages is left out: it is not what an inference takes.
+        """
         before = _state()
         samples = super().measure(
             jobs, image, rounds=rounds, per_round=per_round, threads=threads, progress=progress
         )
         after = _state()
-        return [replace(item, before=before, after=after) for item in samples]
+        return [replace(item, before=before, after=after, energy_mj=None) for item in samples]
 
 
 def load_on_gpu(name: str, path: Path, threads: int) -> Session:

@@ -6,29 +6,41 @@ processes take turns, so that a float and an int8 artifact see the same noise.
 
 from __future__ import annotations
 
-import os
 import pkgutil
 import platform
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipeline.store import library_versions
+from pipeline.errors import EdgeError
+from pipeline.records import DeviceState
+from pipeline.store import installed_versions
 from pipeline.worker import NOTHING, Worker
-from targets.base import HOST, DeviceInfo, Job, NotRun, Samples, kind_here, run_padded, runtime
-from targets.devices._runner import energy_uj, spent_mj
+from targets.base import (
+    HOST,
+    DeviceInfo,
+    Job,
+    NotRun,
+    Samples,
+    kind_here,
+    run_padded,
+    runtime,
+    settled,
+)
+from targets.devices._runner import cores, energy_uj, spent_mj, state
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
 
     from pipeline.records import Isa
-    from pipeline.worker import Progress
+    from pipeline.worker import Progress, Reply
     from targets.base import Image, Logits, Runtime, Session
 
 WARM_UP = 4
@@ -105,41 +117,29 @@ class Local:
                 stack.enter_context(Worker(folder / f"{i}.log", environment=self.environment()))
                 for i in range(len(jobs))
             ]
-            loaded: list[dict[str, Any]] = [
-                worker.call(
-                    f"{__name__}:load_job",
-                    name=job.runtime,
-                    path=str(job.path) if job.path else None,
-                    image=str(folder / "image.npy"),
-                    threads=threads,
-                    loader=self.loader,
-                ).value
-                for worker, job in zip(workers, jobs, strict=True)
-            ]
-            wall: list[list[float]] = [[] for _ in jobs]
-            cpu: list[list[float]] = [[] for _ in jobs]
-            peak, energy = [0 for _ in jobs], [list[float | None]() for _ in jobs]
+            gave: dict[str, Samples | EdgeError] = {}
+            before = DeviceState(**state())
+            for worker, job in zip(workers, jobs, strict=True):
+                with _noted(gave, job):
+                    loaded = worker.call(
+                        f"{__name__}:load_job",
+                        name=job.runtime,
+                        path=str(job.path) if job.path else None,
+                        image=str(folder / "image.npy"),
+                        threads=threads,
+                        loader=self.loader,
+                    ).value
+                    gave[job.label] = Samples(label=job.label, energy_mj=0.0, **loaded)
             for turn in range(rounds * len(jobs)):
-                index = turn % len(jobs)
-                reply = workers[index].call(f"{__name__}:time_job", inferences=per_round)
-                wall[index] += reply.value["wall_ms"]
-                cpu[index] += reply.value["cpu_ms"]
-                energy[index].append(reply.value["energy_mj"])
-                peak[index] = reply.peak_memory_bytes
+                job, worker = jobs[turn % len(jobs)], workers[turn % len(jobs)]
+                known = gave[job.label]
+                if isinstance(known, Samples):
+                    with _noted(gave, job):
+                        reply = worker.call(f"{__name__}:time_job", inferences=per_round)
+                        gave[job.label] = _added(known, reply, rounds * per_round)
                 progress(turn + 1, rounds * len(jobs))
-        return [
-            Samples(
-                label=job.label,
-                wall_ms=tuple(wall[i]),
-                cpu_ms=tuple(cpu[i]),
-                load_ms=loaded[i]["load_ms"],
-                first_ms=loaded[i]["first_ms"],
-                peak_memory_bytes=peak[i],
-                energy_mj=None if None in spent else sum(filter(None, spent)) / len(wall[i]),
-                versions=loaded[i]["versions"],
-            )
-            for i, (job, spent) in enumerate(zip(jobs, energy, strict=True))
-        ]
+            after = DeviceState(**state())
+        return [replace(one, before=before, after=after) for one in settled(jobs, gave)]
 
     def infer(
         self, job: Job, images: Image, *, batch: int, threads: int, progress: Progress
@@ -162,6 +162,28 @@ class Local:
                 )
             logits: Logits = np.load(folder / "logits.npy")
         return logits
+
+
+@contextmanager
+def _noted(gave: dict[str, Samples | EdgeError], job: Job) -> Iterator[None]:
+    """Note what goes wrong with a job in place of what it gave."""
+    try:
+        yield
+    except EdgeError as error:
+        gave[job.label] = error
+
+
+def _added(known: Samples, turn: Reply, inferences: int) -> Samples:
+    """Add a turn to what a job gave; its energy is the mean of so many inferences."""
+    said = turn.value
+    lacks = known.energy_mj is None or said["energy_mj"] is None
+    return replace(
+        known,
+        wall_ms=(*known.wall_ms, *said["wall_ms"]),
+        cpu_ms=(*known.cpu_ms, *said["cpu_ms"]),
+        energy_mj=None if lacks else known.energy_mj + said["energy_mj"] / inferences,
+        peak_memory_bytes=turn.peak_memory_bytes,
+    )
 
 
 _job: list[tuple[Session, Image]] = []
@@ -207,8 +229,7 @@ def load_job(
     _job[:] = [(session, pixels)]
     progress(1, 1)
     wanted = () if path is None else runtime(name).capabilities.distributions
-    versions = {k: v for k, v in library_versions(wanted).items() if v is not None}
-    return {"load_ms": load_ms, "first_ms": first_ms, "versions": versions}
+    return {"load_ms": load_ms, "first_ms": first_ms, "versions": installed_versions(wanted)}
 
 
 def time_job(inferences: int, progress: Progress) -> dict[str, Any]:
@@ -275,9 +296,7 @@ def _null_session(image: Image) -> Logits:
 
 def available_cores() -> int:
     """Return how many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(cores())
 
 
 def cpu_name() -> str:

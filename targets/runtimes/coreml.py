@@ -56,6 +56,7 @@ class CoreMl:
         schemes=("float", "float16", "w8a8", "w4a8", "w8"),
         graph_forms=("1x1 convolution",),
         gelu="erf",
+        accelerated=True,
         unsupported_schemes={
             "w4a4": NO_FOUR_BITS,
             "w8a16": "CoreML's quantize writes 8 bits",

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
+
 from pipeline.benchmark import HARNESS, latencies
 from targets.base import DeviceInfo, Samples
 
@@ -44,3 +48,26 @@ def test_without_a_float_artifact_there_is_nothing_to_compare_with() -> None:
     row = latencies(INFO, samples, threads=1, samples_file="samples.json")["w8a8"]
     assert row.wall_p50_ms == 2
     assert row.speedup is None
+
+
+@pytest.mark.parametrize("lost", ["float", "w8a8"])
+def test_an_artifact_that_failed_is_a_row_beside_the_others(lost: str) -> None:
+    samples = [_samples(HARNESS, 1, 1), _samples("float", 4, 3), _samples("w8a8", 2, 1)]
+    gave = [Samples(label=lost, error="it broke") if s.label == lost else s for s in samples]
+    rows = latencies(INFO, gave, threads=1, samples_file="samples.json")
+    assert (rows[lost].outcome, rows[lost].reason, rows[lost].device) == (
+        "failed",
+        "it broke",
+        "local",
+    )
+    other = rows["float" if lost == "w8a8" else "w8a8"]
+    assert other.outcome == "measured"
+    assert other.speedup == (1 if lost == "w8a8" else None)
+
+
+def test_rows_say_whether_something_else_than_the_cpu_computed() -> None:
+    samples = [_samples(HARNESS, 1, 1), _samples("float", 4, 3)]
+    for accelerated in (False, True):
+        info = replace(INFO, accelerated=accelerated)
+        row = latencies(info, samples, threads=1, samples_file="samples.json")["float"]
+        assert row.accelerated is accelerated

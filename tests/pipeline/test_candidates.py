@@ -101,3 +101,12 @@ def test_times_are_faster_where_the_interval_says_so() -> None:
 def test_counts_are_fewer_where_all_are() -> None:
     assert is_faster(samples(counts=(9, 9)), samples(counts=(10,)), "instructions", 1)
     assert not is_faster(samples(counts=(9, 11)), samples(counts=(10,)), "instructions", 1)
+
+
+def test_one_that_failed_in_a_heat_is_out_and_no_measure_for_others() -> None:
+    slow, broken = samples((4.0,) * 60), Samples(label="x", error="it broke")
+    assert not is_faster(broken, slow, "cpu", 6)
+    assert not is_faster(samples((1.0,) * 60), broken, "cpu", 6)
+    counted = samples(counts=(9,))
+    assert not is_faster(broken, counted, "instructions", 1)
+    assert not is_faster(counted, broken, "instructions", 1)

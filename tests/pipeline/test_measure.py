@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pipeline.display import Display
 from pipeline.measure import Timing, time_saved
 from pipeline.records import Artifact, Export, Latency, Proof, Scheme
 from pipeline.stages import Stages
-from targets.base import DeviceInfo, NotRun
+from targets.base import DeviceInfo, Job, NotRun, Samples
 
 
 def artifact(runtime: str, scheme: Scheme) -> Artifact:
@@ -89,3 +90,42 @@ def test_a_device_of_this_machine_says_why_it_measured_nothing_whoever_asks(
     )  # fmt: skip
     (row,) = timing.run([artifact("coreml", "w8a8")])
     assert (row.outcome, row.reason) == ("not_run", reason)
+
+
+class Failing(Board):
+    """A board on which integers fail as often as it is told."""
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+
+    def can_run(self, wanted: object) -> Any:
+        return None
+
+    def measure(self, jobs: Sequence[Job], image: Any, **_: Any) -> list[Samples]:
+        self.failures -= 1
+        return [
+            Samples(label=job.label, error="it broke")
+            if job.label == "w8a8" and self.failures >= 0
+            else Samples(label=job.label, wall_ms=(1.0,) * 72, cpu_ms=(1.0,) * 72)
+            for job in jobs
+        ]
+
+
+def test_what_failed_beside_others_is_tried_again_when_it_is_asked_for(tmp_path: Path) -> None:
+    board: Any = Failing(failures=1)
+    info = DeviceInfo(name="board", kind="device", isa=(), description="", cores=2)
+
+    def outcomes(*, asked: bool) -> list[str]:
+        timing = Timing(
+            Stages(tmp_path, Display(), cores=1), board, threads=1, image_shape=(1, 3, 8, 8),
+            asked=asked, info=info,
+        )  # fmt: skip
+        rows = timing.run([artifact("onnx", "float"), artifact("onnx", "w8a8")])
+        return [row.outcome for row in rows]
+
+    assert outcomes(asked=True) == ["measured", "failed"]
+    assert outcomes(asked=False) == ["measured", "failed"]
+    assert outcomes(asked=True) == ["measured", "measured"]
+    assert board.failures == -1
+    assert outcomes(asked=True) == ["measured", "measured"]
+    assert board.failures == -1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,21 @@ def samples(label: str, ms: float, *, noise: float = 0.01, seed: int = 0) -> Sam
     )
 
 
-def run_folder(folder: Path, item: Samples, *, cpu: str = "a cpu", **latency: Any) -> Path:
+def described(text: str, **versions: str) -> list[dict[str, Any]]:
+    return [{
+        "name": "board", "kind": "device", "description": text, "isa": [], "cores": 4,
+        "versions": versions,
+    }]  # fmt: skip
+
+
+def run_folder(
+    folder: Path,
+    item: Samples,
+    *,
+    cpu: str = "a cpu",
+    devices: Sequence[dict[str, Any]] = (),
+    **latency: Any,
+) -> Path:
     (folder / FILE).parent.mkdir(parents=True)
     (folder / FILE).write_bytes(TypeAdapter(list[Samples]).dump_json([item]))
     row = {
@@ -62,6 +77,7 @@ def run_folder(folder: Path, item: Samples, *, cpu: str = "a cpu", **latency: An
         }],
         "agreement": [],
         "gate": {"outcome": "not_run", "checks": []},
+        "devices": devices,
     }  # fmt: skip
     (folder / "report.json").write_text(json.dumps(report))
     read_report(folder)
@@ -158,6 +174,31 @@ def test_another_cpu_is_not_comparable(tmp_path: Path) -> None:
     (found,) = compare_runs(before, after, "wall")
     assert (found.verdict, found.p_value) == ("not comparable", None)
     assert "another" in found.why
+
+
+def test_another_board_of_the_same_name_is_not_comparable(tmp_path: Path) -> None:
+    board: dict[str, Any] = {"device": "board", "kind": "device"}
+    folders = [
+        run_folder(tmp_path / text, samples("w8a8", 4.0), devices=described(text), **board)
+        for text in ("Pi 4", "Pi 5")
+    ]
+    (found,) = compare_runs(folders[0], folders[1], "wall")
+    assert (found.verdict, found.why) == ("not comparable", "board was Pi 4, and is Pi 5")
+
+
+def test_other_versions_there_are_named(tmp_path: Path) -> None:
+    board: dict[str, Any] = {"device": "board", "kind": "device", "versions": {"onnxruntime": "1"}}
+    before = run_folder(
+        tmp_path / "a", samples("w8a8", 4.0), devices=described("Pi", qemu="7", numpy="2"), **board
+    )
+    board["versions"] = {"onnxruntime": "2"}
+    after = run_folder(
+        tmp_path / "b", samples("w8a8", 8.0), devices=described("Pi", qemu="8", numpy="2"), **board
+    )
+    (found,) = compare_runs(before, after, "wall")
+    assert found.verdict == "slower"
+    assert found.why.endswith("; onnxruntime 1 then, 2 now; qemu 7 then, 8 now")
+    assert "numpy" not in found.why
 
 
 @pytest.mark.parametrize(

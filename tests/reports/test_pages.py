@@ -270,6 +270,7 @@ def test_contention_is_asked_at_one_thread_only(full_report: Report) -> None:
     assert contention(row.latency[0]) == pytest.approx(1.5)
     # With two, CPU time counts both: their ratio tells nothing.
     assert contention(replace(row.latency[0], threads=2)) is None
+    assert contention(replace(row.latency[0], accelerated=True)) is None
     clear = next(r for r in full_report.artifacts if (r.runtime, r.scheme) == ("onnx", "w8a8"))
     assert contention(clear.latency[0]) is None
 

@@ -13,16 +13,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from pipeline.errors import DeviceError, UsageError
+from pipeline.errors import DeviceError, EdgeError, UsageError
 from pipeline.store import sha256_file
 from pipeline.worker import end_all, ended_with_all, ending, silent
-from targets.base import DeviceInfo, NotRun, Samples
+from targets.base import DeviceInfo, NotRun, Samples, settled
 from targets.devices._exchange import (
-    LOGITS,
     RESULT,
     RUNNER,
     Result,
     Task,
+    failed,
     inferring,
     read_logits,
     read_result,
@@ -119,20 +119,23 @@ class EmulatedArm64:
                 do="Say --threads 1",
             )
         inferences = min(rounds, COUNTED)
-        found = list[Samples]()
+        gave: dict[str, Samples | EdgeError] = {}
         with ThreadPoolExecutor(max_workers=min(available_cores(), MOST_GUESTS)) as pool:
             counts = [pool.submit(self._count, job, image, inferences) for job in jobs]
             try:
                 for index, (job, count) in enumerate(zip(jobs, counts, strict=True)):
                     progress(index, len(jobs), job.label)
-                    found.append(count.result())
+                    try:
+                        gave[job.label] = count.result()
+                    except DeviceError as error:
+                        gave[job.label] = error
             except BaseException as error:
                 pool.shutdown(wait=False, cancel_futures=True)
                 if isinstance(error, KeyboardInterrupt):
                     end_all()  # the threads wait for guests, which know nothing of it
                 raise
         progress(len(jobs), len(jobs))
-        return found
+        return settled(jobs, gave)
 
     def infer(
         self, job: Job, images: Image, *, batch: int, threads: int, progress: Progress
@@ -141,8 +144,8 @@ class EmulatedArm64:
         with TemporaryDirectory(prefix="convnext-edge-") as name:
             folder = Path(name)
             task = inferring(job, images, folder, batch=batch, threads=threads)
-            self._run(task, folder, progress=progress)
-            return read_logits(folder / LOGITS, len(images), self.name)
+            result = self._run(task, folder, progress=progress)
+            return read_logits(folder, result, len(images), self.name)
 
     def _count(self, job: Job, image: Image, inferences: int) -> Samples:
         with TemporaryDirectory(prefix="convnext-edge-") as name:
@@ -160,16 +163,14 @@ class EmulatedArm64:
             small = max(image.shape[2:]) <= SMALL
             task = replace(task, what={**task.what, "warm_up": WARM_UP if small else 0})
             result = self._run(task, folder, counter=plugin.built())
+            (row,) = result.jobs
+            if row.error is not None:
+                raise failed(self.name, job.label, row.error)
             symbols = Symbols(parse_maps(result.maps or ""))
             counts = read_counts((folder / COUNTS).read_text(), symbols.name)
         return Samples(
             label=job.label,
-            wall_ms=(),
-            cpu_ms=(),
-            load_ms=None,
-            first_ms=None,
-            peak_memory_bytes=None,
-            versions=result.jobs[0].versions,
+            versions=row.versions,
             instructions=counts.instructions,
             instruction_kinds=counts.kinds,
             symbols=counts.symbols,

@@ -259,6 +259,21 @@ def test_benchmark_model_takes_turns(
     assert lab.runs() == []
 
 
+def test_an_artifact_that_the_tool_refuses_says_why_beside_the_others(
+    artifacts: Mapping[str, Path], lab: Lab
+) -> None:
+    lab.tool(lab.tmp / NAME)
+    refused = lab.folder / "empty.tflite"
+    refused.write_bytes(b"")
+    ways = [*jobs(artifacts), Job(label="w8a8", runtime="tflite", path=refused)]
+    harness, timed, failed = lab.phone(lab.attach(), f",tool={NAME}").measure(
+        ways, PIXEL, rounds=2, per_round=2, threads=1, progress=silent
+    )
+    assert (harness.error, timed.error, len(timed.wall_ms)) == (None, None, 4)
+    assert "ERROR: Could not open" in (failed.error or "")
+    assert (failed.wall_ms, failed.before) == ((), timed.before)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_benchmark_model_gives_outputs(
     batch: int, artifacts: Mapping[str, Path], pixels: NDArray[np.float32], lab: Lab

@@ -142,14 +142,17 @@ def test_a_turn_is_as_many_inferences_as_asked() -> None:
 
 
 def test_a_script_runs_in_a_plain_shell(tmp_path: Path) -> None:
-    text = tool.script(["run 0 echo hello", "run 1 false", "run 0 echo no"], before=":", cpu=0)
+    steps = ["run 0 echo hello", "run 1 false", "run 0 echo again", "run 1 echo never", "run 11 :"]
+    text = tool.script(steps, before=":", cpu=0)
     done = subprocess.run(
         ["sh", "-c", text], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert done.stdout == '{"done": 1, "total": 3}\n'  # what failed ends it
+    assert done.stdout.splitlines()[-1] == '{"done": 5, "total": 5}'
     parts = tool.sections((tmp_path / tool.OUT).read_text())
-    assert [title for title, _ in parts] == ["before", "job 0", "job 1"]
-    assert parts[1][1].strip() == "hello"
+    # What failed is not run again, and the others go on.
+    ran = ["before", "job 0", "job 1", "job 0", "job 11", "after", tool.END]
+    assert [title for title, _ in parts] == ran
+    assert [parts[index][1].strip() for index in (1, 3)] == ["hello", "again"]
     with pytest.raises(tool.NoAnswerError, match="exit code 1"):
         tool.read_run(parts[2][1])
 

@@ -176,6 +176,39 @@ def test_times_and_logits_come_back(
     assert processes_in(shell.home) == []
 
 
+def test_a_job_that_fails_there_says_why_beside_the_others(
+    artifacts: Mapping[str, Path], pixels: NDArray[np.float32], remote: Remote, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged.onnx"
+    damaged.write_bytes(b"nothing")
+    wrong = Job(label="w8a8", runtime="onnx", path=damaged)
+    harness, whole, broken = remote.measure([*jobs(artifacts), wrong], pixels[:1], **ONCE)
+    assert (harness.error, whole.error, len(whole.wall_ms)) == (None, None, 1)
+    assert "w8a8 failed: " in (broken.error or "")
+    assert "InvalidProtobuf" in (broken.error or "")
+    assert (broken.wall_ms, broken.before) == ((), whole.before)
+    with pytest.raises(DeviceError, match="InvalidProtobuf"):
+        remote.measure([jobs(artifacts)[0], wrong], pixels[:1], **ONCE)
+    with pytest.raises(DeviceError, match="InvalidProtobuf"):
+        remote.infer(wrong, pixels[:1], batch=1, threads=1, progress=silent)
+
+
+def test_a_machine_is_the_same_by_every_address(tmp_path: Path) -> None:
+    infos = []
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        shell = Shell(tmp_path / name)
+        shell.name = f"shell:{name}"
+        infos.append(Remote(shell, root=ROOT, python=sys.executable, patience=QUICK).probe())
+    one, other = infos
+    assert isinstance(one, DeviceInfo)
+    assert isinstance(other, DeviceInfo)
+    assert (one.machine, one.name) == (other.machine, "shell:one")
+    own = Path("/etc/machine-id")
+    assert own.is_file() == bool(one.machine)
+    assert own.read_text().strip() not in {one.machine, ""}
+
+
 def test_pixels_that_are_no_whole_numbers_stay_as_they_are(
     artifacts: Mapping[str, Path], pixels: NDArray[np.float32], remote: Remote
 ) -> None:

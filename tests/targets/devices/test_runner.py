@@ -95,6 +95,30 @@ def test_a_pi_tells_its_temperature_and_whether_it_was_slowed_down(tmp_path: Pat
     assert result["after"]["temperatures_c"]["vcgencmd"] == 48.3
 
 
+def test_its_clock_is_that_of_the_cores_it_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for core, governor in ((0, "powersave"), (4, "performance")):
+        clock = tmp_path / f"cpu{core}" / "cpufreq"
+        clock.mkdir(parents=True)
+        (clock / "scaling_governor").write_text(f"{governor}\n")
+        (clock / "scaling_cur_freq").write_text(f"{core + 1}000000\n")
+    monkeypatch.setattr(_runner, "CPUS", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4, 5})
+    found = _runner.state()
+    assert (found["governor"], found["frequency_mhz"]) == ("performance", 5000.0)
+
+
+def test_a_device_that_keeps_its_load_to_itself_is_measured_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refused() -> tuple[float, float, float]:
+        raise OSError("/proc/loadavg: permission denied")
+
+    monkeypatch.setattr(os, "getloadavg", refused)
+    assert _runner.state()["load"] is None
+
+
 @pytest.mark.parametrize("where", ["processes", "here"])
 @pytest.mark.parametrize("name", ["onnx", "openvino", "tflite"])
 def test_it_times_each_job_in_turn(
