@@ -204,7 +204,7 @@ class Autotuner:
         if len(wanted) == 1:
             return self.exports.default_layout(target, ONE_CANDIDATE)
         stage = self._stage(target, info, wanted)
-        known, why = self.stages.store.find(stage), self._not_now(info)
+        known, why = self.stages.finished(stage), self._not_now(info)
         if known is None and why is not None:
             return self.exports.default_layout(target, why)
         # What failed may not fail again, nor with another checkpoint's weights.

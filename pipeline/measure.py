@@ -337,7 +337,7 @@ class Timing:
                 progress=progress,
             )
 
-        known = self.stages.store.find(stage)
+        known = self.stages.finished(stage)
         # What failed may not fail again.
         anew = self.anew or (self.asked and known is not None and benchmark.lacks_some(known))
         try:

@@ -95,6 +95,7 @@ class Budget(_Strict):
         faster_than_float: Whether integers that are slower than float fail.
         max_transposes_per_block: Changes of layout that the runtime executes.
         max_quantize_ops_per_block: Quantize and dequantize operations of their own.
+        max_fallback_ops_per_block: Operations for which the runtime has no fast kernel.
         max_float_layers: Layers with weights that the runtime computes in floats.
         clock: `wall` or `cpu` time.
         baseline: Limits against a stored report.
@@ -111,6 +112,7 @@ class Budget(_Strict):
     faster_than_float: Annotated[bool, Field(strict=True)] = False
     max_transposes_per_block: Count | None = None
     max_quantize_ops_per_block: Count | None = None
+    max_fallback_ops_per_block: Count | None = None
     max_float_layers: Count | None = None
     clock: Literal["wall", "cpu"] = "wall"
     baseline: BaselineBudget = BaselineBudget()

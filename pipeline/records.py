@@ -494,7 +494,8 @@ class Proof:
     `integer_layers` counts weighted layers that run in integers out of `weighted_layers`,
     `integer_weights` those whose weights lie in the artifact as integers, whatever they compute in;
     `method` names where the runtime was asked. Counts per block are totals over the number of
-    blocks.
+    blocks. A fallback is an operation that the runtime has no fast kernel for and executes all the
+    same, or an integer layer in floats; None where it does not tell.
     """
 
     method: str
@@ -505,6 +506,7 @@ class Proof:
     quantize_ops_per_block: float
     op_counts: dict[str, int]
     integer_weights: int | None = None
+    fallback_ops_per_block: float | None = None
 
 
 @_record
@@ -877,6 +879,8 @@ class Breakdown:
         method: What was asked.
         ms: Milliseconds of each kind of operation: sums of medians.
         ops: How many of each kind are executed.
+        fallback_ms: Of those that the runtime has no fast kernel for; they are in `ms` too.
+        fallback_ops: How many these are.
         unprofiled_ms: Of the whole without the profiler, which lengthens what is short.
         floor_ms: Of the pointwise layers alone, in an artifact of their own in the same runtime.
         macs_per_second: The rate at which the fastest stage's of them are done.
@@ -894,6 +898,8 @@ class Breakdown:
     inferences: int | None = None
     ms: dict[OpKind, float] | None = None
     ops: dict[OpKind, int] | None = None
+    fallback_ms: float | None = None
+    fallback_ops: int | None = None
     unprofiled_ms: float | None = None
     floor_ms: float | None = None
     macs_per_second: float | None = None

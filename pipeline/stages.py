@@ -64,9 +64,13 @@ class Stages:
         """Return a worker that logs under this name; it starts at its first call."""
         return Worker(self.out / "logs" / f"{name}.log", patience, environment)
 
+    def finished(self, stage: Stage) -> Path | None:
+        """Return the folder of a stage; None where it is not finished."""
+        return self.store.find(stage)
+
     def is_done(self, stage: Stage) -> bool:
         """Tell whether a stage is finished."""
-        return self.store.find(stage) is not None
+        return self.finished(stage) is not None
 
     def do(
         self,

@@ -55,6 +55,11 @@ def sentences(found: Breakdown) -> tuple[str, ...]:
             " short for it, and most of what it tells is its own."
         )
         return tuple(said)
+    if found.fallback_ops:
+        said.append(
+            f"{found.fallback_ops} of its operations fall back to kernels that are not the"
+            f" runtime's fast ones: {found.fallback_ms or 0:.3g} ms."
+        )
     if found.floor_ms:
         said.append(
             f"Its pointwise layers alone take {found.floor_ms:.3g} ms in this runtime: the whole is"

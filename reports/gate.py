@@ -52,12 +52,14 @@ def judge(report: Report, budget: Budget, baseline: Report | None = None) -> Gat
         *_answered("max_drop_pp", budget.max_drop_pp, partial(_drops, report)),
         *_answered("max_size_ratio", budget.max_size_ratio, partial(_sizes, report)),
         *_answered(
-            "max_latency_ratio", budget.max_latency_ratio, partial(_latencies, report, budget.clock)
+            "max_latency_ratio",
+            budget.max_latency_ratio,
+            partial(_ratios, report, "latency", budget.clock),
         ),
         *_answered(
             "faster_than_float",
             1.0 if budget.faster_than_float else None,
-            partial(_faster, report, budget.clock),
+            partial(_ratios, report, "is no slower than float", budget.clock),
         ),
         *(
             check
@@ -167,21 +169,17 @@ def _sizes(report: Report, limit: float) -> Iterator[Check]:
         yield _size(name, row, floats.get(row.runtime), limit, "float")
 
 
-def _latencies(report: Report, clock: str, limit: float) -> Iterator[Check]:
-    yield from _of_float(report, "latency", 1.0, limit)
+def _ratios(report: Report, what: str, clock: str, limit: float) -> Iterator[Check]:
+    """Ask how long what is shipped in integers takes of float's time."""
+    yield from _of_float(report, what, 1.0, limit)
     for row in _judged(report):
-        for latency in _times(row):
-            name = f"{row.runtime} {row.scheme} latency on {latency.device}"
-            yield _latency(name, latency, limit, clock)
-
-
-def _faster(report: Report, clock: str, limit: float) -> Iterator[Check]:
-    """Ask whether what is shipped in integers is faster than float: nothing slower is."""
-    yield from _of_float(report, "is no slower than float", 1.0, limit)
-    for row in _judged(report):
-        for latency in _times(row):
-            name = f"{row.runtime} {row.scheme} is no slower than float on {latency.device}"
-            yield _latency(name, latency, limit, clock)
+        name = f"{row.runtime} {row.scheme} {what}"
+        times = _times(row)
+        for latency in times:
+            yield _latency(f"{name} on {latency.device}", latency, limit, clock)
+        if row.latency and not times:
+            counted = "its instructions were counted, and these are no times"
+            yield _not_run(name, limit, f"{counted}: max_instruction_ratio asks for them")
 
 
 def _times(row: ArtifactRow) -> list[Latency]:
@@ -204,16 +202,17 @@ def _of_float(report: Report, what: str, value: float, limit: float) -> Iterator
         yield Check(name=name, outcome=outcome, value=value, limit=limit, why=why)
 
 
-_COUNTS: dict[str, Callable[[Proof], float]] = {
+_COUNTS: dict[str, Callable[[Proof], float | None]] = {
     "max_transposes_per_block": lambda proof: proof.transposes_per_block,
     "max_quantize_ops_per_block": lambda proof: proof.quantize_ops_per_block,
+    "max_fallback_ops_per_block": lambda proof: proof.fallback_ops_per_block,
     "max_float_layers": lambda proof: proof.weighted_layers - proof.integer_layers,
 }
 """Limits on what a proof counts, by their keys in a budget."""
 
 
 def _counts(
-    report: Report, key: str, read: Callable[[Proof], float], limit: float
+    report: Report, key: str, read: Callable[[Proof], float | None], limit: float
 ) -> Iterator[Check]:
     what, floats = key.removeprefix("max_").replace("_", " "), _float_shipped(report)
     shipped = (row for row in report.artifacts if row.scheme == "float" and row.runtime in floats)
@@ -223,6 +222,9 @@ def _counts(
             yield _not_run(name, limit, "the report has no proof of it")
             continue
         value = read(row.proof)
+        if value is None:
+            yield _not_run(name, limit, f"{row.runtime} does not tell: {row.proof.method}")
+            continue
         outcome: CheckOutcome = "pass" if value <= limit else "fail"
         why = f"{value:g} counted, {limit:g} allowed: {row.proof.method}"
         yield Check(name=name, outcome=outcome, value=value, limit=limit, why=why)

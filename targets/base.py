@@ -93,12 +93,21 @@ class NotRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpTime:
-    """One operation that a runtime executes: its kind, its type and name there, milliseconds."""
+    """One operation that a runtime executes.
+
+    Attributes:
+        kind: What it computes.
+        op: Its type there.
+        name: Its name there.
+        ms: Milliseconds.
+        is_fallback: Whether the runtime has no fast kernel for it.
+    """
 
     kind: OpKind
     op: str
     name: str
     ms: float
+    is_fallback: bool = False
 
 
 class Session(Protocol):

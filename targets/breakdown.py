@@ -150,7 +150,14 @@ def by_kind(found: Sequence[OpTime]) -> dict[str, Any]:
     for one in found:
         ms[one.kind] += one.ms
         ops[one.kind] += 1
-    return {"inferences": INFERENCES, "ms": dict(ms), "ops": dict(ops)}
+    fallbacks = [one.ms for one in found if one.is_fallback]
+    return {
+        "inferences": INFERENCES,
+        "ms": dict(ms),
+        "ops": dict(ops),
+        "fallback_ms": sum(fallbacks),
+        "fallback_ops": len(fallbacks),
+    }
 
 
 class _Parts:

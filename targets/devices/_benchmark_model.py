@@ -24,12 +24,12 @@ OUT, END = "out", "end"
 IMAGES, LOGITS = "images", "logits"
 AT_ONCE = 2
 """Inferences of a process: as many as the tool tells one by one."""
-XNNPACK = "xnnpack"
+XNNPACK, NONE = "xnnpack", "none"
 DELEGATES = {
     XNNPACK: "--use_xnnpack=true",
     "gpu": "--use_gpu=true",
     "nnapi": "--use_nnapi=true",
-    "none": "--use_xnnpack=false",
+    NONE: "--use_xnnpack=false",
 }
 STATISTICS = re.compile(r"^(?:\S.*: )?count=(\d+)(.*)$", re.MULTILINE)
 SUMMARY = re.compile(r"(?:Average i|I)nference timings in us: (.*)")

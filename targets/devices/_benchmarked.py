@@ -162,7 +162,13 @@ class Benchmarked:
         if known is None:
             return NotRun(reason=f"{NAME} tells other operations than the file has")
         return [
-            OpTime(kind=kind, op=row.op, name=name, ms=row.ms)
+            OpTime(
+                kind=kind,
+                op=row.op,
+                name=name,
+                ms=row.ms,
+                is_fallback=self.delegate != tool.NONE and tflite.is_own_kernel(row.op),
+            )
             for row, (kind, name) in zip(rows, known, strict=True)
         ]
 

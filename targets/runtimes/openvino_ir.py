@@ -54,6 +54,8 @@ WEIGHTED_TYPES = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 UNPACKING_TYPES = ("Convert", "Multiply")
 LAYOUT_TYPES = ("Transpose",)
 NOT_EXECUTED = ("undef", "unknown_f32")
+REFERENCE_KERNEL = "ref"
+"""What an implementation is called that no kernel was written for."""
 """What was fused into another node, and what lies in memory already."""
 NORM_TYPES = ("MVN", "RMS", "ReduceMean", "Subgraph")
 LEVELS = ACTIVATION_MAX - ACTIVATION_MIN + 1
@@ -103,7 +105,7 @@ class OpenVino:
     def prove(self, path: Path, graph: g.Graph) -> Proof:
         """Count in the model that OpenVINO compiled for this CPU."""
         counts: Counter[str] = Counter()
-        integer = half = 0
+        integer = half = fallbacks = 0
         compiled = _compile(path, threads=1)
         # OpenVINO calls a linear layer with int8 weights i8 even where it computes in float.
         stored = graph.export.scheme == "w8" and not compiled.get_property(DYNAMIC)
@@ -115,6 +117,7 @@ class OpenVino:
             computes = kind in WEIGHTED_TYPES and not (stored and kind == "FullyConnected")
             integer += computes and precision in INTEGER_PRECISIONS
             half += kind in WEIGHTED_TYPES and precision == "f16"
+            fallbacks += info["primitiveType"].astype(str).startswith(REFERENCE_KERNEL)
         method = "runtimePrecision of layers in the model that OpenVINO compiled for this CPU"
         if graph.export.scheme == "float16":
             method += f"; {half} of them in f16"
@@ -127,6 +130,7 @@ class OpenVino:
             quantize_ops_per_block=counts["FakeQuantize"] / graph.blocks,
             op_counts=dict(sorted(counts.items())),
             integer_weights=_integer_weights(_read(path)),
+            fallback_ops_per_block=fallbacks / graph.blocks,
         )
 
     def read_metadata(self, path: Path) -> str:
@@ -168,6 +172,7 @@ class OpenVino:
                 op=f"{one.node_type} {one.exec_type}",
                 name=one.node_name,
                 ms=ms,
+                is_fallback=one.exec_type.startswith(REFERENCE_KERNEL),
             )
             for one, ms in zip(nodes, np.median(runs[WARM_UP:], axis=0).tolist(), strict=True)
             if one.exec_type not in NOT_EXECUTED

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.arithmetic import limits
+from pipeline.errors import ArtifactError
 from pipeline.records import Layer, Proof
 from targets import graph as g
 from targets.base import (
@@ -124,6 +125,7 @@ class TfLite:
                 integer += tensors[op.inputs[1]].type == int8
                 packed += op.inputs[1] in unpacked
         quantizing = sum(counts[name] for name in QUANTIZE_OPS) - constant
+        fallbacks = _fallbacks(path)
         return Proof(
             method="ops and tensor types of the file",
             integer_layers=integer,
@@ -133,6 +135,7 @@ class TfLite:
             quantize_ops_per_block=quantizing / graph.blocks,
             op_counts=dict(sorted(counts.items())),
             integer_weights=integer + packed,
+            fallback_ops_per_block=None if fallbacks is None else fallbacks / graph.blocks,
         )
 
     def read_metadata(self, path: Path) -> str:
@@ -180,7 +183,7 @@ class TfLite:
             return NotRun(reason="LiteRT's profiler tells other operations than the file has")
         times = np.array([ms for _, ms in events]).reshape(inferences, -1)
         return [
-            OpTime(kind=kind, op=kernel, name=name, ms=ms)
+            OpTime(kind=kind, op=kernel, name=name, ms=ms, is_fallback=is_own_kernel(kernel))
             for (kind, name), kernel, ms in zip(
                 known, kernels, np.median(times, axis=0).tolist(), strict=True
             )
@@ -204,6 +207,26 @@ def kinds(path: Path, kernels: Sequence[str]) -> list[tuple[OpKind, str]] | None
         ("quantize" if _family(kernel) == CONVERSION else kind_of([name]), name)
         for name, kernel in zip(names, kernels, strict=True)
     ]
+
+
+def is_own_kernel(kernel: str) -> bool:
+    """Return whether LiteRT itself executes a kernel, because XNNPACK does not."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    return hasattr(schema.BuiltinOperator, kernel)
+
+
+def _fallbacks(path: Path) -> int | None:
+    """Count what XNNPACK leaves to LiteRT in an inference; None where the profiler does not say."""
+    from targets.runtimes._litert_profiler import profile
+
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        events = profile(path, 1, warm_up=0, inferences=1)
+    except ArtifactError:
+        return None
+    return sum(is_own_kernel(kernel) for kernel, _ in events)
 
 
 def _family(kernel: str) -> str:

@@ -17,6 +17,7 @@ from pydantic import TypeAdapter
 
 from pipeline.autotune import MEASURED, Autotuner, Conditions
 from pipeline.candidates import Effort, failed, in_order
+from pipeline.display import Display
 from pipeline.errors import ArtifactError, DeviceError, WorkerError
 from pipeline.exports import Exports
 from pipeline.layouts import read_layouts
@@ -31,6 +32,7 @@ from pipeline.records import (
     Scheme,
     to_json,
 )
+from pipeline.stages import Stages
 from pipeline.store import Stage
 from pipeline.worker import Reply, silent
 from reports.document import read_report
@@ -469,6 +471,34 @@ def test_integers_that_cannot_be_exported_are_no_reason_to_ship_float(
     assert not ships_float(replace(layout, scheme="float", candidates=(broken, FLOAT)))
 
 
+def test_what_failed_is_tried_again_when_measuring_is_asked_for(tmp_path: Path) -> None:
+    lost = [True, False]
+
+    def measure(*given: Any) -> None:
+        broken = Candidate(
+            scheme="w8a8", placement="pointwise", graph_form=FORMS[0], outcome="failed", reason="x"
+        )
+        best = broken if lost.pop(0) else candidate("w8a8", FORMS[0], 0.4)
+        (given[-2] / MEASURED).write_bytes(to_json((best, FLOAT)))
+
+    def run(*, asked: bool) -> tuple[str, str]:
+        exports, given = Exports(Recipe(runtimes=("openvino",))), conditions(Stopwatch({}))
+        stages = Stages(tmp_path, Display(), cores=1)
+        layout = Autotuner(stages, exports, replace(given, asked=asked), None).run(Path())[
+            "openvino"
+        ]
+        return layout.source, layout.scheme
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Autotuner, "_measure", measure)
+        assert run(asked=True) == ("default", "w8a8")
+        assert run(asked=False) == ("default", "w8a8")
+        assert len(lost) == 1
+        assert run(asked=True) == ("measured", "w8a8")
+        assert run(asked=True) == ("measured", "w8a8")
+        assert not lost
+
+
 # --- where it holds -------------------------------------------------------------------------------
 
 
@@ -565,22 +595,24 @@ def test_what_is_switched_off_is_off_there_too() -> None:
 class Shelf:
     """Stages of which the one that measures is finished, or not."""
 
-    def __init__(self, done: str) -> None:
-        self.done = done == "finished"
+    def __init__(self, done: str, folder: Path) -> None:
+        (folder / MEASURED).write_text("[]")
+        self.folder = folder if done == "finished" else None
         self.taken: list[str] = []
 
-    def is_done(self, _: Stage) -> bool:
-        return self.done
+    def finished(self, _: Stage) -> Path | None:
+        return self.folder
 
-    def do_here(self, stage: Stage, _: Any) -> Path:
+    def do_here(self, stage: Stage, _: Any, *, anew: bool) -> Path:
+        assert not anew
         self.taken.append(stage.name)
         raise DeviceError("it is here", allowed="anything", do="Nothing")
 
 
 @pytest.mark.parametrize("shelf", ["finished", "empty"])
 @pytest.mark.usefixtures("stand_in")
-def test_nobody_waits_minutes_for_what_nobody_asked(shelf: str) -> None:
-    stages: Any = Shelf(shelf)
+def test_nobody_waits_minutes_for_what_nobody_asked(shelf: str, tmp_path: Path) -> None:
+    stages: Any = Shelf(shelf, tmp_path)
     given = replace(conditions(Stopwatch({}, FLAGS["avx2"])), macs=2 * 10**9)
     exports = Exports(Recipe(runtimes=("tflite",)))
     layout = Autotuner(stages, exports, given, None).run(Path())["tflite"]
@@ -591,8 +623,8 @@ def test_nobody_waits_minutes_for_what_nobody_asked(shelf: str) -> None:
         assert stages.taken == ["tune-emulated-arm64-phone-tflite"]
 
 
-def test_who_names_a_device_waits_for_it_and_hears_that_it_failed() -> None:
-    stages: Any = Shelf("empty")
+def test_who_names_a_device_waits_for_it_and_hears_that_it_failed(tmp_path: Path) -> None:
+    stages: Any = Shelf("empty", tmp_path)
     here = Emulated({}, FLAGS["arm"])
     given = replace(conditions(here, counts=True), macs=2 * 10**9)
     exports = Exports(Recipe(runtimes=("tflite",)))

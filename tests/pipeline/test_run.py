@@ -13,8 +13,8 @@ from pipeline.convnext import seeded
 from pipeline.locate import locate
 from pipeline.quantize import write
 from pipeline.recipe import Budget, Recipe, load_recipe
-from pipeline.records import Architecture, QuantizedModel
-from pipeline.run import added_to, preprocessing_of, trained_on
+from pipeline.records import Accuracy, Architecture, QuantizedModel
+from pipeline.run import _keeps, added_to, preprocessing_of, trained_on
 from pipeline.sidecar import read_sidecar
 
 
@@ -101,3 +101,35 @@ def test_a_folder_without_a_recipe_or_artifacts_adds_nothing(tmp_path: Path) -> 
     assert added_to(folder_of(tmp_path, Recipe(runtimes=("onnx",))), asked, set()) == asked
     (tmp_path / "recipe.json").write_text("{")
     assert added_to(tmp_path, asked, set()) == asked
+
+
+@pytest.mark.parametrize(
+    ("lost", "gained", "keeps"),
+    [
+        (0, 0, True),  # the interval ends at 0.4 points
+        (12, 4, True),  # it straddles the limit: the gate will say inconclusive
+        (60, 10, False),
+    ],
+)
+def test_a_candidate_keeps_to_the_budget_unless_it_would_fail_the_gate(
+    lost: int, gained: int, *, keeps: bool
+) -> None:
+    found = Accuracy(outcome="measured", n=1000, lost=lost, gained=gained)
+    asked: list[Any] = []
+    artifact: Any = "an artifact"
+
+    def accuracy_of(one: Any) -> Accuracy:
+        asked.append(one)
+        return found
+
+    assert _keeps(accuracy_of, 1.0, artifact) == (keeps, found)
+    assert asked == [artifact]
+
+
+@pytest.mark.parametrize(("outcome", "keeps"), [("not_run", True), ("failed", False)])
+def test_a_candidate_that_cannot_be_judged_keeps_unless_it_failed(
+    outcome: Any, *, keeps: bool
+) -> None:
+    found = Accuracy(outcome=outcome, reason="why")
+    artifact: Any = "an artifact"
+    assert _keeps(lambda _: found, 1.0, artifact) == (keeps, found)

@@ -160,6 +160,40 @@ def test_integers_that_are_slower_than_float_fail(ratio: float, outcome: str) ->
     assert (check.outcome, check.value, check.limit) == (outcome, ratio, 1.0)
 
 
+def _proof(fallbacks: float | None) -> Proof:
+    return Proof(
+        method="the runtime said so", integer_layers=12, expected_integer_layers=12,
+        weighted_layers=24, transposes_per_block=0, quantize_ops_per_block=0, op_counts={},
+        fallback_ops_per_block=fallbacks,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fallbacks", "outcome"), [(0.0, "pass"), (1.0, "pass"), (1.25, "fail"), (None, "inconclusive")]
+)
+def test_fallbacks_are_counted_per_block(fallbacks: float | None, outcome: str) -> None:
+    report = _report(_row(proof=_proof(fallbacks)))
+    gate = judge(report, Budget(max_fallback_ops_per_block=1))
+    assert gate.checks[0].name == "onnx w8a8 fallback ops per block"
+    assert gate.outcome == outcome
+    if fallbacks is None:
+        assert gate.checks[0].outcome == "not_run"
+        assert "onnx does not tell" in gate.checks[0].why
+
+
+@pytest.mark.parametrize("budget", [{"faster_than_float": True}, {"max_latency_ratio": 0.8}])
+def test_what_was_only_counted_is_not_taken_for_timed(budget: dict[str, Any]) -> None:
+    counted = Latency(
+        device="emulated-arm64:pi5", outcome="measured", kind="emulated", n=3,
+        instructions=1400, float_instructions=1000, instruction_ratio=1.4,
+    )  # fmt: skip
+    rows = _row(), _row("tflite", latency=(counted,))
+    timed, open_ = judge(_report(*rows), Budget.model_validate(budget)).checks
+    assert (timed.outcome, open_.outcome) == ("pass", "not_run")
+    assert open_.name.startswith("tflite w8a8 ")
+    assert "max_instruction_ratio asks for them" in open_.why
+
+
 def test_float_that_is_shipped_because_it_is_faster_passes_and_counts_as_measured() -> None:
     budget = Budget(faster_than_float=True, require=("onnx",))
     shipped = _report(_row(scheme="float"))
