@@ -1,8 +1,9 @@
-"""Small artifacts of one seeded network, and how they ran here."""
+"""Small artifacts of one seeded network, and a disk that is full."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +55,23 @@ def artifacts(pixels: Pixels, tmp_path_factory: pytest.TempPathFactory) -> Mappi
             build_graph(model, arrays, can, export), made[name], metadata(model, export, can)
         )
     return made
+
+
+@pytest.fixture
+def without_room() -> Callable[[Path, Path, str], None]:
+    """Give what leaves no room for one file of every run on a device; it needs no root.
+
+    Behind the file's name is /dev/full, where writing fails as on a full disk. What puts it there
+    is the device's sha256sum, which is asked when a run has its folder and no file yet.
+    """
+
+    def leave(binaries: Path, root: Path, name: str) -> None:
+        real = shutil.which("sha256sum")
+        assert real is not None
+        binaries.mkdir(exist_ok=True)
+        tool = binaries / "sha256sum"
+        link = f'for run in {root}/runs/*; do ln -sf /dev/full "$run/{name}"; done 2>/dev/null'
+        tool.write_text(f'#!/bin/sh\n{link}\nexec {real} "$@"\n')
+        tool.chmod(0o755)
+
+    return leave

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -277,13 +277,31 @@ def test_a_quota_that_is_used_up_is_said(
         server.board().infer(jobs(artifacts)[1], many, batch=1, threads=1, progress=silent)
 
 
+@pytest.mark.parametrize("full", ["partial", ".RESULT.json.partial"], ids=["pushed", "written"])
+def test_a_file_without_room_is_said(
+    full: str,
+    artifacts: Mapping[str, Path],
+    pixels: NDArray[np.float32],
+    server: Server,
+    without_room: Callable[[Path, Path, str], None],
+) -> None:
+    without_room(server.folder / "bin", server.home / ssh.ROOT, full)
+    with pytest.raises(DeviceError, match="the disk is full there") as said:
+        server.board().measure(jobs(artifacts), pixels[:1], **ONCE)
+    assert str(said.value).isprintable()
+    assert list((server.home / ssh.ROOT / "runs").iterdir()) == []
+
+
 @pytest.fixture
 def small_disk(server: Server) -> Iterator[Path]:
     """Have the home on a file system of its own, with little room."""
     mount = ["mount", "-t", "tmpfs", "-o", f"size={TMPFS_KB}k", "tmpfs", str(server.home)]
     done = subprocess.run(mount, capture_output=True, text=True, check=False)
     if done.returncode:
-        pytest.skip(f"a small file system needs root: {done.stderr.strip()}")
+        pytest.skip(
+            "a whole disk that is full needs root (one file's room does not, and is tested):"
+            f" {done.stderr.strip()}"
+        )
     yield server.home
     server.stop()
     subprocess.run(["umount", "--lazy", str(server.home)], check=True)
