@@ -345,6 +345,41 @@ def test_garbage_is_said(junk: str, server: Server) -> None:
     assert str(said.value).isprintable()
 
 
+def test_a_board_without_python_is_said(server: Server) -> None:
+    found = server.board(python="python3.0").probe()
+    assert isinstance(found, NotRun)
+    assert "has no Python 3" in found.reason
+
+
+def test_a_board_without_numpy_is_said(server: Server) -> None:
+    packages = server.folder / "packages"
+    packages.mkdir()
+    missing = "raise ModuleNotFoundError(\"No module named 'numpy'\")"
+    (packages / "numpy.py").write_text(missing)
+    server.forces(before=f"export PYTHONPATH={packages}")
+    with pytest.raises(DeviceError, match=r"has no numpy.*Install numpy there"):
+        server.board().measure(NULL, PIXEL, **ONCE)
+
+
+def test_a_runner_that_is_killed_is_said(server: Server) -> None:
+    def kill(*_: object) -> None:
+        [pid] = (server.home / ssh.ROOT / "runs").glob("*/pid")
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(int(pid.read_text()), signal.SIGKILL)
+
+    with pytest.raises(DeviceError, match="was killed, or the device restarted"):
+        server.board().measure(NULL, PIXEL, **{**ONCE, "rounds": 100_000, "progress": kill})
+    assert list((server.home / ssh.ROOT / "runs").iterdir()) == []
+
+
+def test_a_runner_that_says_nothing_is_given_up(server: Server) -> None:
+    hurried = Patience(command=30, silence=0.3, poll=(0.1,))
+    sleeper = "sh -c 'exec sleep 60' --"
+    with pytest.raises(DeviceError, match="has said nothing for"):
+        server.board(python=sleeper, patience=hurried).measure(NULL, PIXEL, **ONCE)
+    assert list((server.home / ssh.ROOT / "runs").iterdir()) == []
+
+
 @pytest.mark.parametrize("greeting", [b"\0\xffjunk\n", b"220 ready\r\n" * 2000])
 def test_what_is_no_ssh_server_is_said(greeting: bytes, server: Server) -> None:
     server.stop()
