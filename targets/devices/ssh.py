@@ -2,7 +2,8 @@
 
 In: OpenSSH's own client with the user's configuration, agent and known hosts. Out: the family of
 devices `ssh`. A file is pushed through a shell there, so that the board needs no SFTP. Keys of
-hosts are always checked: where a configuration says not to, one that has changed is still refused.
+hosts are always checked: where a configuration says not to, one that is new is learnt and must then
+be known, and one that has changed is refused.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from targets.devices._remote import Remote
 from targets.devices._workspace import Answer, LostLinkError, Patience
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from targets.base import Device
 
 CONFIG, PYTHON = "CONVNEXT_EDGE_SSH_CONFIG", "CONVNEXT_EDGE_SSH_PYTHON"
@@ -39,6 +42,7 @@ OPTIONS = {
     "ControlPersist": "60",
     "ForwardAgent": "no",
     "LogLevel": "ERROR",
+    "NoHostAuthenticationForLocalhost": "no",
     "RemoteCommand": "none",
     "RequestTTY": "no",
     "ServerAliveInterval": "5",
@@ -48,18 +52,27 @@ SECONDS_HERE = 10
 """For what asks nobody."""
 FAILED = 255
 """The client's own exit code; no command of ours ends with it."""
-UNCHECKED = ("no", "off", "false")
+ACCEPTING = ("no", "off", "false", "accept-new")
+"""What a configuration says of hosts' keys where it takes one that is new."""
+NOT_KNOWN = ("Host key verification failed",)
 
-
+CHANGED = Meaning(
+    words=("REMOTE HOST IDENTIFICATION HAS CHANGED",),
+    got="{name}: the host's key has changed, or another machine answers",
+    allowed="the key in known_hosts",
+    do="If the board was set up anew, log in by hand: ssh says which known key to remove",
+)
+FORGOTTEN = Meaning(
+    words=NOT_KNOWN,
+    got="{name}: the configuration takes any host key and keeps none, so that none is checked",
+    allowed="a UserKnownHostsFile that can be written and is not /dev/null",
+    do="Name one for this host in ~/.ssh/config",
+)
+"""Of a key that was taken and is not known after that."""
 MEANINGS = (
+    CHANGED,
     Meaning(
-        words=("REMOTE HOST IDENTIFICATION HAS CHANGED",),
-        got="{name}: the host's key has changed, or another machine answers",
-        allowed="the key in known_hosts",
-        do="If the board was set up anew, log in by hand: ssh says which known key to remove",
-    ),
-    Meaning(
-        words=("Host key verification failed",),
+        words=NOT_KNOWN,
         got="{name}: the host's key is not known here",
         allowed="a host in known_hosts",
         do="Log in once by hand and compare the fingerprint that ssh shows",
@@ -132,7 +145,7 @@ class Link:
             *(("-p", match["port"]) if match["port"] else ()),
             *(("-l", match["user"]) if match["user"] else ()),
         ]
-        self._met = False
+        self._met = self._accepts = False
         self._sockets: TemporaryDirectory[str] | None = None
         self._words: list[str] = []
 
@@ -168,23 +181,34 @@ class Link:
         given: IO[bytes] | None = None,
         taken: IO[bytes] | None = None,
     ) -> Answer:
-        words = [*self._connected(), "--", self.host, f"sh -c {quote(command)}"]
+        words = [*self._connected(timeout), "--", self.host, f"sh -c {quote(command)}"]
         answer = self._client(words, timeout, given=given, taken=taken)
         if answer.code == FAILED:
             raise self._explained(answer.err)
         self._met = True
         return answer
 
-    def _connected(self) -> list[str]:
+    def _connected(self, timeout: float) -> list[str]:
         """Return the client's options, with the place where commands share a connection."""
         if self._sockets is None:
+            checked = {}
+            if self._checking() in ACCEPTING:
+                checked = {"StrictHostKeyChecking": "yes"}
+                if not self._met:
+                    self._learn(timeout)
             self._sockets = TemporaryDirectory(prefix="ssh-")
-            options = {**OPTIONS, "ControlPath": f"{self._sockets.name}/link"}
-            if self._checking() in UNCHECKED:
-                options["StrictHostKeyChecking"] = "accept-new"
-            said = (word for pair in options.items() for word in ("-o", "=".join(pair)))
-            self._words = [*self._where, *said]
+            link = {"ControlPath": f"{self._sockets.name}/link"}
+            self._words = [*self._where, *_said({**OPTIONS, **link, **checked})]
         return self._words
+
+    def _learn(self, timeout: float) -> None:
+        """Have the client keep the host's key where it is new, as the configuration wants it."""
+        self._accepts = True
+        alone = {"ControlMaster": "no", "ControlPath": "none"}
+        options = _said({**OPTIONS, **alone, "StrictHostKeyChecking": "accept-new"})
+        answer = self._client([*self._where, *options, "--", self.host, "true"], timeout)
+        if answer.code == FAILED:
+            raise self._explained(answer.err)
 
     def _checking(self) -> str:
         """Return what the configuration says of hosts' keys."""
@@ -232,7 +256,14 @@ class Link:
     def _explained(self, err: str) -> DeviceError:
         """Return the error that the client's own words mean."""
         known = MEANINGS if self._met else (*MEANINGS, UNREACHABLE)
+        if self._accepts:
+            known = (CHANGED, FORGOTTEN, *known)
         return explained(err, known, CUT, name=self.name)
+
+
+def _said(options: Mapping[str, str]) -> list[str]:
+    """Return options as words of the client's command line."""
+    return [word for key, value in options.items() for word in ("-o", f"{key}={value}")]
 
 
 def board(

@@ -67,6 +67,10 @@ class Server:
             f"  StrictHostKeyChecking {checking}\n"
         )
 
+    def says(self, line: str) -> None:
+        """Put a line before the client's configuration: what comes first counts."""
+        self.configuration.write_text(f"{line}\n{self.configuration.read_text()}")
+
     def forces(self, before: str = "", command: str = 'exec sh -c "$SSH_ORIGINAL_COMMAND"') -> None:
         """Start the server; every login runs `before`, then the command in the home."""
         self.stop()
@@ -201,9 +205,11 @@ def test_python_of_its_environment_is_taken(server: Server) -> None:
     assert (server.home / "taken").exists()
 
 
-@pytest.mark.parametrize("checking", ["yes", "no"])
-def test_a_host_key_that_changed_is_refused(checking: str, server: Server) -> None:
+@pytest.mark.parametrize("checking", ["yes", "no", "accept-new"])
+@pytest.mark.parametrize("local", ["yes", "no"])
+def test_a_host_key_that_changed_is_refused(checking: str, local: str, server: Server) -> None:
     server.knows("other-host", checking=checking)
+    server.says(f"NoHostAuthenticationForLocalhost {local}")
     with pytest.raises(DeviceError, match="host's key has changed"):
         server.board().measure(NULL, PIXEL, **ONCE)
     assert list(server.home.iterdir()) == []
@@ -213,6 +219,27 @@ def test_a_host_key_that_is_not_known_is_refused(server: Server) -> None:
     (server.folder / "known").unlink()
     with pytest.raises(DeviceError, match="host's key is not known here"):
         server.board().measure(NULL, PIXEL, **ONCE)
+
+
+def test_a_host_key_that_is_new_is_kept_where_the_configuration_takes_it(server: Server) -> None:
+    server.knows("host", checking="no")
+    known = server.folder / "known"
+    known.unlink()
+    assert isinstance(server.board().probe(), DeviceInfo)
+    assert (server.folder / "host.pub").read_text().split()[1] in known.read_text()
+
+
+@pytest.mark.parametrize("checking", ["no", "accept-new"])
+@pytest.mark.parametrize("known", ["/dev/null", "none", "/no/such/folder/known"])
+def test_a_configuration_that_takes_any_host_key_and_keeps_none_is_refused(
+    known: str, checking: str, server: Server
+) -> None:
+    server.knows("host", checking=checking)
+    server.says(f"UserKnownHostsFile {known}")
+    with pytest.raises(DeviceError, match="takes any host key and keeps none") as said:
+        server.board().measure(NULL, PIXEL, **ONCE)
+    assert str(said.value).isprintable()
+    assert list(server.home.iterdir()) == []
 
 
 def test_a_wrong_key_is_refused(server: Server) -> None:
