@@ -6,6 +6,10 @@ An emulator's clock says nothing of a board's, so no time comes out, and no coun
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
+import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -29,6 +33,7 @@ from targets.devices._exchange import (
     tell,
     timing,
 )
+from targets.devices._workspace import Patience
 from targets.devices.emulated_arm64 import guest, plugin, sysroot
 from targets.devices.emulated_arm64.counts import read_counts
 from targets.devices.emulated_arm64.profiles import PROFILES, Profile
@@ -50,6 +55,9 @@ MOST_GUESTS = 4
 SMALL, WARM_UP = 96, 8
 """Up to so many pixels along a side, so many more go before: Python's own code takes that long to
 settle, which shows beside a million instructions."""
+SILENCE = Patience().silence
+"""Seconds that a guest may say nothing: it does after every inference."""
+MOST_BYTES = 1 << 16
 COUNTS, LOG = "counts.txt", "guest.log"
 
 
@@ -154,8 +162,8 @@ class EmulatedArm64:
                 [job],
                 image,
                 folder,
-                rounds=1,
-                per_round=inferences,
+                rounds=inferences,
+                per_round=1,
                 threads=1,
                 processes=False,
                 marks=True,
@@ -222,11 +230,15 @@ class EmulatedArm64:
             ended_with_all(process),
         ):
             try:
-                for line in process.stdout or ():
-                    tell(line, progress)
-                process.wait()
+                if not _ends(process, progress):
+                    raise DeviceError(
+                        f"{self.name}: the guest has said nothing for {SILENCE:.0f} s",
+                        allowed="an inference in that time, with what goes before the first",
+                        do="Choose a smaller network or input, or look what else runs here",
+                    )
             finally:
-                process.kill()
+                if process.returncode is None:  # else its number may be another's by now
+                    os.killpg(process.pid, signal.SIGKILL)
         if process.returncode:
             said = (folder / LOG).read_text(errors="replace").split("\n")
             raise DeviceError(
@@ -235,6 +247,22 @@ class EmulatedArm64:
                 do="Try another artifact or another profile",
             )
         return read_result((folder / RESULT).read_bytes(), task, self.name)
+
+
+def _ends(process: subprocess.Popen[str], progress: Progress) -> bool:
+    """Pass on what a process says until it ends; return False where it falls silent."""
+    assert process.stdout is not None
+    said, tail = process.stdout.fileno(), b""
+    while select.select([said], [], [], SILENCE)[0]:
+        data = os.read(said, MOST_BYTES)
+        if not data:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(SILENCE)
+            return process.returncode is not None
+        *lines, tail = (tail + data).split(b"\n")
+        for line in lines:
+            tell(line.decode(errors="replace"), progress)
+    return False
 
 
 def _last(lines: Sequence[str]) -> str:

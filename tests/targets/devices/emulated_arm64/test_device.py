@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -144,6 +146,49 @@ def test_a_guest_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(
+    ("child", "then", "said"),
+    [
+        (">/dev/null", "for i in 1 2; do sleep 1.2; tell $i; done; wait", [0, 1, 2]),
+        (">/dev/null", "printf '{\"done\": 1'; wait", [0]),
+        (">/dev/null", "exec >/dev/null; wait", [0]),
+        ("", "exit 0", [0]),
+    ],
+    ids=["silent", "in the middle of a line", "output closed", "its child holds the output"],
+)
+def test_a_guest_that_hangs_is_killed_with_its_children_and_said(
+    child: str, then: str, said: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids, done = tmp_path / "pids", list[int]()
+    text = (
+        'tell() { echo "{\\"done\\": $1, \\"total\\": 9}"; }\n'
+        f'sleep 600 {child} &\necho "$$ $!" >{pids}\ntell 0\n{then}\n'
+    )
+    monkeypatch.setattr(guest, "command", lambda *_, **__: ["/bin/sh", "-c", text])
+    monkeypatch.setattr(emulated, "SILENCE", 2.0)  # less than it takes to say all three
+    with pytest.raises(DeviceError, match=r"pi4: the guest has said nothing for 2 s\.") as caught:
+        device("emulated-arm64:pi4").infer(
+            NULL, IMAGES, batch=1, threads=1, progress=lambda a, _b, _note="": done.append(a)
+        )
+    assert str(caught.value).isprintable()
+    assert done == said
+    deadline = time.monotonic() + 10
+    while running(pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert running(pids) == []
+
+
+def running(pids: Path) -> list[str]:
+    """Return those that still run of the processes that a file names."""
+    found = []
+    for pid in pids.read_text().split():
+        with contextlib.suppress(OSError):
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+            found += [pid] if state != "Z" else []
+    return found
+
+
+@pytest.mark.usefixtures("host")
 def test_a_damaged_artifact_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"nothing")
@@ -157,16 +202,16 @@ def test_a_damaged_artifact_is_one_line(tmp_path: Path) -> None:
 def test_a_count_takes_an_inference_per_round_and_three_at_most(
     rounds: int, inferences: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[int] = []
+    asked: list[tuple[int, int]] = []
 
     original = exchange.timing
 
-    def timing(*arguments: Any, per_round: int, **more: Any) -> Any:
-        asked.append(per_round)
-        return original(*arguments, per_round=per_round, **more)
+    def timing(*arguments: Any, rounds: int, per_round: int, **more: Any) -> Any:
+        asked.append((rounds, per_round))
+        return original(*arguments, rounds=rounds, per_round=per_round, **more)
 
     monkeypatch.setattr(emulated, "timing", timing)
     device("emulated-arm64:pi5").measure(
         [NULL], IMAGES[:1], rounds=rounds, per_round=9, threads=1, progress=silent
     )
-    assert asked == [inferences]
+    assert asked == [(inferences, 1)]  # so that it says something after each
