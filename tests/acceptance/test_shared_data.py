@@ -31,8 +31,11 @@ def run(*arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def cifar(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    out = tmp_path_factory.mktemp("cifar")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cifar")
+
+
+def measured(folder: Path, *more: str) -> Report:
     run(
         "--checkpoint",
         str(DATA / "convnext_atto_cifar10_64.pth"),
@@ -40,9 +43,22 @@ def cifar(tmp_path_factory: pytest.TempPathFactory) -> Report:
         str(DATA / "cifar10.zip"),
         "--no-bench",
         "--out",
-        str(out),
+        str(folder),
+        *more,
     )
-    return read_report(out)
+    return read_report(folder)
+
+
+@pytest.fixture(scope="module")
+def cifar(folder: Path) -> Report:
+    return measured(folder)
+
+
+@pytest.fixture(scope="module")
+def cifar_io(cifar: Report, folder: Path) -> Report:
+    """The placement that tflite has by default, in coreml too; what `cifar` measured stays."""
+    del cifar
+    return measured(folder, "--runtimes", "tflite,coreml", "--placement", "pointwise-io")
 
 
 def test_float_top1_is_that_of_the_sidecar(cifar: Report) -> None:
@@ -70,12 +86,23 @@ def test_runtimes_agree(cifar: Report) -> None:
         assert row.top1_agreement >= limit, row
 
 
-def test_coreml_is_within_a_tenth_of_a_point_of_onnx(cifar: Report) -> None:
-    rows = {r.runtime: r.accuracy for r in cifar.artifacts if r.scheme == "w8a8"}
-    onnx, coreml = rows["onnx"], rows["coreml"]
-    assert coreml.kind == ("host" if sys.platform == "darwin" else "interpreted")
-    assert coreml.top1 == pytest.approx(onnx.top1, abs=0.001)
-    assert coreml.sqnr_db == pytest.approx(onnx.sqnr_db, abs=1)
+@pytest.mark.parametrize("other", ["onnx", "openvino"])
+def test_coreml_is_within_a_tenth_of_a_point_of(cifar: Report, other: str) -> None:
+    check_coreml_beside(cifar, other)
+
+
+def test_coreml_is_within_a_tenth_of_a_point_of_tflite(cifar_io: Report) -> None:
+    check_coreml_beside(cifar_io, "tflite")
+
+
+def check_coreml_beside(report: Report, other: str) -> None:
+    rows = {r.runtime: r for r in report.artifacts if r.scheme == "w8a8"}
+    coreml, beside = rows["coreml"], rows[other]
+    assert coreml.placement == beside.placement
+    assert coreml.accuracy.n == beside.accuracy.n == 5000
+    assert coreml.accuracy.kind == ("host" if sys.platform == "darwin" else "interpreted")
+    assert coreml.accuracy.top1 == pytest.approx(beside.accuracy.top1, abs=0.001)
+    assert coreml.accuracy.sqnr_db == pytest.approx(beside.accuracy.sqnr_db, abs=1)
 
 
 def test_tiny_at_224_goes_to_four_formats_within_its_memory(tmp_path: Path) -> None:
