@@ -119,6 +119,7 @@ def latencies(
             harness_wall_p50_ms=percentile(harness.wall_ms, 50),
             harness_cpu_p50_ms=percentile(harness.cpu_ms, 50),
             versions=dict(item.versions),
+            operations_on=item.operations_on or None,
             **_counts(item, base),
             before=item.before,
             after=item.after,

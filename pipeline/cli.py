@@ -241,7 +241,9 @@ def explain(
     ] = False,
     device: Annotated[
         str | None,
-        typer.Option(help="With --latency: this CPU, `local` or held to a set, `cpu:avx2`."),
+        typer.Option(
+            help="With --latency: `local`, a set of this CPU's, `cpu:avx2`, or `coreml:UNITS`."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -119,7 +119,8 @@ def explain_latency(artifact: Path, device: str = LOCAL) -> Breakdown:
 
     Args:
         artifact: In a run folder, whose integers then tell the floor; or elsewhere.
-        device: This machine's CPU: `local`, or held to an instruction set, `cpu:LEVEL`.
+        device: This machine's CPU: `local`, or held to an instruction set, `cpu:LEVEL`; on macOS
+            `coreml:UNITS`.
 
     Raises:
         EdgeError: It is no artifact of a runtime here, or the device cannot run it.
@@ -169,7 +170,7 @@ def _environment(name: str, target: base.Runtime) -> Mapping[str, str]:
             return device.environment()
     raise UsageError(
         f"{name} cannot take {target.name}'s time apart: {why}",
-        allowed="local or cpu:LEVEL; for another device `convnext-edge bench RUN_DIR --device`",
+        allowed="local, cpu:LEVEL, coreml:UNITS; for others `convnext-edge bench RUN_DIR --device`",
         do="Correct --device",
     )
 

@@ -595,6 +595,8 @@ class Latency:
     per inference, `instruction_spread` (largest - least) / median, and `instruction_kinds` and
     `instructions_by_symbol` say which: counts are never turned into times. `accelerated` says that
     something else than the CPU may have computed: then CPU time is not the artifact's.
+    `operations_on` is how many operations the runtime's plan puts on each unit (`CPU`, `GPU`,
+    `Neural Engine`), where one tells.
     """
 
     device: str
@@ -628,6 +630,7 @@ class Latency:
     instruction_spread: float | None = None
     instruction_kinds: dict[str, int] | None = None
     instructions_by_symbol: dict[str, int] | None = None
+    operations_on: dict[str, int] | None = None
     before: DeviceState | None = None
     after: DeviceState | None = None
     accelerated: bool = False

@@ -146,7 +146,16 @@ def _print_times(report: Report, place: Place, console: Console) -> None:
             )
         print_whole(table, console)
         _print_contention(rows, console)
+        _print_units(rows, console)
     _print_reasons(rows, console)
+
+
+def _print_units(rows: Iterable[tuple[str, Latency]], console: Console) -> None:
+    """Say which units the runtime's plan really uses."""
+    for name, one in rows:
+        if one.operations_on:
+            units = (f"{count} on {unit}" for unit, count in sorted(one.operations_on.items()))
+            _say(f"operations of {name}: {', '.join(units)}", console)
 
 
 def _print_contention(rows: Iterable[tuple[str, Latency]], console: Console) -> None:

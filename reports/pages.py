@@ -19,7 +19,7 @@ from pipeline.statistics import MINIMUM_SAMPLES
 from pipeline.store import file_stem, write_atomic
 from reports import breakdowns, layouts, training, tuning
 from reports.charts import draw_charts, milliseconds
-from reports.contention import CONTENTION, contention
+from reports.contention import CONTENTION, contention, wall_over_cpu
 from reports.culprits import MARGIN_DB, culprits, median_db, sentences, worst_first
 from reports.drawing import slot_of
 from reports.pairs import pair_up, tell_apart
@@ -317,6 +317,7 @@ def _environment(*, markdown: bool = False) -> jinja2.Environment:
         "count": lambda value: _DASH if value is None else f"{value:,}",
         "slot": slot_of,
         "contention": contention,
+        "wall_over_cpu": wall_over_cpu,
     }
     environment.globals |= {"dash": _DASH, "minimum_samples": MINIMUM_SAMPLES}
     return environment

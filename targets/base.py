@@ -206,6 +206,8 @@ class Samples:
         symbols: Of those, per inference, by kernel symbol, or by library where it keeps none.
         energy_mj: Per inference, of the whole CPU package, idle included; None where no counter
             tells.
+        operations_on: Where a runtime spreads an artifact over units, how many of its operations
+            each of them gets: `CPU`, `GPU`, `Neural Engine`.
         before: How the device stood before the first sample of the run.
         after: How it stood after the last one.
         error: Why the job gave nothing, in a line; None where it did.
@@ -222,6 +224,7 @@ class Samples:
     instruction_kinds: dict[str, int] = field(default_factory=dict)
     symbols: dict[str, int] = field(default_factory=dict)
     energy_mj: float | None = None
+    operations_on: dict[str, int] = field(default_factory=dict)
     before: DeviceState | None = None
     after: DeviceState | None = None
     error: str | None = None

@@ -12,6 +12,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from targets.base import INPUT_NAME, OpTime
+from targets.runtimes._coreml_units import compute_units, load_model
 from targets.runtimes._mil_file import FUNCTION, main_block, read_spec
 from targets.runtimes._op_kinds import kind_of
 
@@ -36,12 +37,13 @@ KINDS: dict[str, OpKind] = {
 
 
 def preferred_units(path: Path) -> Counter[str]:
-    """Return how many operations CoreML's plan puts on each unit, where it may use all of them."""
-    import coremltools as ct
+    """Return how many operations CoreML's plan puts on each unit that this process may use."""
     from coremltools.models.compute_plan import MLComputePlan
 
-    model = ct.models.MLModel(str(path))  # what it compiled lives as long as it does
-    plan = MLComputePlan.load_from_path(model.get_compiled_model_path())
+    model = load_model(path)  # what it compiled lives as long as it does
+    plan = MLComputePlan.load_from_path(
+        model.get_compiled_model_path(), compute_units=compute_units()
+    )
     usages = (
         plan.get_compute_device_usage_for_mlprogram_operation(op)
         for op in plan.model_structure.program.functions[FUNCTION].block.operations
@@ -51,11 +53,10 @@ def preferred_units(path: Path) -> Counter[str]:
 
 def op_times(path: Path, image: Image, inferences: int) -> list[OpTime]:
     """Return what the operations take, in the program's order: shares of the median prediction."""
-    import coremltools as ct
     from coremltools.models.ml_program.experimental.perf_utils import MLModelBenchmarker
 
     measured = asyncio.run(
-        MLModelBenchmarker(ct.models.MLModel(str(path))).benchmark_operation_execution(
+        MLModelBenchmarker(load_model(path)).benchmark_operation_execution(
             inputs={INPUT_NAME: image}, iterations=inferences, warmup=True
         )
     )

@@ -147,9 +147,9 @@ class CoreMl:
         """Return a session through CoreML, which chooses its own threads, or the interpreter."""
         if kind_here(self) == "interpreted":
             return interpreted(path, threads)
-        import coremltools as ct
+        from targets.runtimes._coreml_units import load_model
 
-        model = ct.models.MLModel(str(path))
+        model = load_model(path)
 
         def run(image: Image) -> Logits:
             logits: Logits = model.predict({INPUT_NAME: image})[OUTPUT_NAME]

@@ -36,6 +36,15 @@ def test_a_ratio_is_of_the_artifact_over_its_float() -> None:
     assert rows["float"].speedup == 1
 
 
+def test_a_row_keeps_what_the_runtime_s_plan_puts_where() -> None:
+    plan = {"CPU": 3, "GPU": 9}
+    samples = [_samples(HARNESS, 0.1, 0.1), _samples("float", 4, 3), _samples("w8a8", 2, 1)]
+    samples[-1] = replace(samples[-1], operations_on=plan)
+    rows = latencies(INFO, samples, threads=1, samples_file="samples.json")
+    assert rows["w8a8"].operations_on == plan
+    assert rows["float"].operations_on is None
+
+
 def test_few_samples_give_no_percentile_and_no_ratio() -> None:
     samples = [_samples(HARNESS, 1, 1, 9), _samples("float", 4, 3, 9), _samples("w8a8", 2, 1, 9)]
     row = latencies(INFO, samples, threads=1, samples_file="samples.json")["w8a8"]

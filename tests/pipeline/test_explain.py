@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -282,7 +283,16 @@ def test_the_command_fails_with_one_line_and_exit_code_1(tmp_path: Path) -> None
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["ssh:nobody@127.0.0.1", "emulated-arm64:pi5", "cuda"])
+def test_on_a_mac_the_time_is_taken_apart_on_chosen_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    device = base.device("coreml:cpu-ne")
+    assert isinstance(device, base.InProcesses)
+    assert _environment(device.name, base.runtime("coreml")) == device.environment()
+
+
+@pytest.mark.parametrize(
+    "name", ["ssh:nobody@127.0.0.1", "emulated-arm64:pi5", "cuda", "coreml:cpu"]
+)
 def test_the_time_is_taken_apart_on_a_cpu_of_this_machine_only(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

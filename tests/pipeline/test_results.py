@@ -87,6 +87,14 @@ def test_another_device_s_times_are_its_own_and_stand_alone() -> None:
     assert "SQNR" not in said
 
 
+def test_the_units_that_a_plan_uses_are_told() -> None:
+    row = times("coreml:cpu-ne", 3.0, operations_on={"Neural Engine": 12, "CPU": 30})
+    said = printed(report(row), Asked(here=False, places=(Place(device="coreml:cpu-ne"),)))
+    assert "operations of onnx w8a8: 30 on CPU, 12 on Neural Engine" in said
+    said = printed(report(times("local", 12.0)), Asked(here=False, places=(Place(device="local"),)))
+    assert "operations of" not in said
+
+
 def test_threads_tell_the_places_of_one_device_apart() -> None:
     two = Latency(device="cpu:avx2", outcome="measured", threads=2, wall_p50_ms=9.0)
     found = report(times("local", 12.0), times("cpu:avx2", 34.0), two)

@@ -275,6 +275,21 @@ def test_contention_is_asked_at_one_thread_only(full_report: Report) -> None:
     assert contention(clear.latency[0]) is None
 
 
+def test_a_unit_beside_the_cpu_lets_it_wait(full_report: Report, tmp_path: Path) -> None:
+    row = next(r for r in full_report.artifacts if (r.runtime, r.scheme) == ("openvino", "w8a8"))
+    alone = replace(row.latency[0], device="alone", operations_on={"CPU": 40})
+    beside = replace(alone, device="beside", operations_on={"CPU": 30, "Neural Engine": 10})
+    assert contention(alone) == pytest.approx(1.5)
+    assert contention(beside) is None
+    spread = row.model_copy(update={"latency": (alone, beside)})
+    write_pages(full_report.model_copy(update={"artifacts": (spread,)}), tmp_path)
+    page = (tmp_path / "beside.md").read_text(encoding="utf-8")
+    assert "- openvino w8a8: CPU 30, Neural Engine 10" in page
+    (asked,) = (line for line in page.splitlines() if line.startswith("| openvino | w8a8 | 1 |"))
+    assert asked.split(" | ")[5] == "—"
+    assert "yes, wall is 1.50× CPU" in (tmp_path / "alone.md").read_text(encoding="utf-8")
+
+
 def test_device_page_holds_the_report_s_numbers(full_report: Report, tmp_path: Path) -> None:
     page = (write_pages(full_report, tmp_path)[1]).read_text(encoding="utf-8")
     assert (

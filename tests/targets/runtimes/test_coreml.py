@@ -6,13 +6,14 @@ import platform
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import coremltools as ct
 import numpy as np
 import pytest
 import torch
 from coremltools.models import compute_device, compute_plan
+from coremltools.models import model as models
 from coremltools.models.ml_program.experimental import perf_utils
 from numpy.typing import NDArray
 
@@ -22,11 +23,11 @@ from pipeline.fold import fold
 from pipeline.quantize import Given, quantize
 from pipeline.records import Architecture, Export, Preprocessing, Scheme, Wanted
 from pipeline.statistics import sqnr_db
-from targets.base import NotRun, kind_here, runtimes
+from targets.base import InProcesses, NotRun, device, kind_here, runtimes
 from targets.breakdown import breakdown_stage
 from targets.devices.local import DEVICE
 from targets.graph import Graph
-from targets.runtimes import coreml
+from targets.runtimes import _coreml_plan, coreml
 from targets.runtimes._mil import Interpreter
 from targets.runtimes._mil_file import read_program
 from targets.runtimes.coreml import RUNTIME
@@ -71,6 +72,11 @@ def written(graph: Graph, folder: Path) -> Path:
     path = folder / "model.mlpackage"
     RUNTIME.export(graph, path, "{}")
     return path
+
+
+@pytest.fixture(scope="module")
+def in_float(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(graph_of("float"), tmp_path_factory.mktemp("float"))
 
 
 @pytest.fixture
@@ -247,7 +253,7 @@ def planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
     monkeypatch.setattr(perf_utils.MLModelBenchmarker, "_create_loaded_model", staticmethod(loaded))
     monkeypatch.setattr(ct.models.MLModel, "get_compiled_model_path", lambda _: "m.mlmodelc")
-    plan = classmethod(lambda *_: Plan(spec))
+    plan = classmethod(lambda *_, **__: Plan(spec))
     monkeypatch.setattr(compute_plan.MLComputePlan, "load_from_path", plan)
     return path
 
@@ -278,6 +284,65 @@ def test_op_times_are_the_plan_s_shares_in_the_program_s_order(planned: Path) ->
     assert sum(one.kind == "quantize" for one in found) == sum(
         one.op.startswith(("quantize", "dequantize")) for one in found
     )
+
+
+class Proxy:
+    """What coremltools calls CoreML by; notes the units that it is told."""
+
+    told: ClassVar[list[tuple[str, str]]] = []
+
+    def __init__(self, _: str, units: str, *__: Any) -> None:
+        self.told.append(("model", units))
+
+    @staticmethod
+    def maximum_supported_specification_version() -> int:
+        return 99
+
+    def get_compiled_model_path(self) -> str:
+        return "m.mlmodelc"
+
+    @classmethod
+    def get_compute_plan(cls, _: str, units: str) -> Any:
+        cls.told.append(("plan", units))
+        program = SimpleNamespace(
+            functions={"main": SimpleNamespace(block=SimpleNamespace(operations=[]))}
+        )
+        return SimpleNamespace(model_structure=SimpleNamespace(program=program))
+
+
+@pytest.mark.usefixtures("mac")
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [
+        ("local", "ALL"),
+        ("coreml:all", "ALL"),
+        ("coreml:cpu", "CPU_ONLY"),
+        ("coreml:cpu-gpu", "CPU_AND_GPU"),
+        ("coreml:cpu-ne", "CPU_AND_NE"),
+    ],
+)
+def test_a_device_s_units_reach_the_model_the_plan_and_the_profiler(
+    name: str, units: str, in_float: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (models, compute_plan):
+        monkeypatch.setattr(module, "_MLModelProxy", Proxy)
+    monkeypatch.setattr(Proxy, "told", [])
+    place = device(name)
+    assert isinstance(place, InProcesses)
+    for key, value in place.environment().items():
+        monkeypatch.setenv(key, value)
+    RUNTIME.load(in_float, threads=1)
+    assert Proxy.told == [("model", units)]
+    _coreml_plan.preferred_units(in_float)
+    assert Proxy.told[1:] == [("model", units), ("plan", units)]
+
+    async def loaded(*, model: Any, **_: Any) -> Loaded:
+        Proxy.told.append(("profiler", model.compute_unit.name))
+        return Loaded(model.get_spec())
+
+    monkeypatch.setattr(perf_utils.MLModelBenchmarker, "_create_loaded_model", staticmethod(loaded))
+    RUNTIME.op_times(in_float, pictures(1), threads=1, inferences=1)
+    assert Proxy.told[-1] == ("profiler", units)
 
 
 def test_an_export_leaves_nothing_beside_its_package(
