@@ -30,6 +30,8 @@ IMAGES = 100
 PLACEMENTS = {"pointwise": ("onnx", "openvino"), "pointwise-io": ("tflite",)}
 RUNTIMES = ("onnx", "openvino", "tflite")
 BOARDS = ("pi4", "pi5", "phone")
+SCHEMES = ("float", "w8a8")
+ROUNDS = 3
 REPEAT = 1e-3
 BOUNDS = {"float": 1e-5, "w8a8": 0.01}
 """Of the largest logit: rounding of floats; a step here and there, carried to the end."""
@@ -83,7 +85,7 @@ def infer(board: Device, what: Job, pixels: NDArray[np.float32]) -> NDArray[np.f
 def count(name: str, jobs: list[Job]) -> dict[str, Samples]:
     image = np.random.default_rng(0).integers(0, 256, (1, 3, 32, 32)).astype(np.float32)
     board = device(f"emulated-arm64:{name}")
-    found = board.measure(jobs, image, rounds=1, per_round=1, threads=1, progress=silent)
+    found = board.measure(jobs, image, rounds=ROUNDS, per_round=1, threads=1, progress=silent)
     return {row.label: row for row in found}
 
 
@@ -123,7 +125,7 @@ def test_arm_computes_what_x86_and_the_reference_compute(
 def test_integers_go_through_the_instructions_that_the_cpu_has(
     artifacts: dict[str, Path], name: str
 ) -> None:
-    jobs = [job(artifacts[name], name, scheme) for scheme in ("float", "w8a8")]
+    jobs = [job(artifacts[name], name, scheme) for scheme in SCHEMES]
     for board in BOARDS:
         rows = count(board, jobs)
         kinds = rows["w8a8"].instruction_kinds
@@ -132,14 +134,20 @@ def test_integers_go_through_the_instructions_that_the_cpu_has(
         assert rows["float"].instruction_kinds == {"dot_product": 0, "i8mm": 0}
 
 
-def test_counts_repeat_and_name_the_kernels(artifacts: dict[str, Path]) -> None:
-    for name in RUNTIMES:
-        what = job(artifacts[name], name, "w8a8")
-        first, second = (count("pi5", [what])["w8a8"] for _ in range(2))
-        for row in (first, second):
-            middle = median(row.instructions)
-            assert max(row.instructions) - min(row.instructions) < REPEAT * middle
-            assert sum(row.symbols.values()) == pytest.approx(middle, rel=REPEAT)
-        assert median(first.instructions) == pytest.approx(median(second.instructions), rel=REPEAT)
-        # LiteRT keeps its kernels' names.
-        assert any(symbol.startswith("xnn_qs8_") for symbol in first.symbols) == (name == "tflite")
+@pytest.mark.parametrize("name", RUNTIMES)
+@pytest.mark.parametrize("board", ["pi4", "pi5"])
+def test_counts_repeat_and_name_the_kernels(
+    artifacts: dict[str, Path], name: str, board: str
+) -> None:
+    jobs = [job(artifacts[name], name, scheme) for scheme in SCHEMES]
+    first, second = (count(board, jobs) for _ in range(2))
+    for scheme in SCHEMES:
+        runs = [first[scheme], second[scheme]]
+        for row in runs:
+            assert len(row.instructions) == ROUNDS
+            assert sum(row.symbols.values()) == pytest.approx(median(row.instructions), rel=REPEAT)
+        counts = [number for row in runs for number in row.instructions]
+        assert max(counts) - min(counts) < REPEAT * median(counts)
+    # LiteRT keeps its kernels' names.
+    named = any(symbol.startswith("xnn_qs8_") for symbol in first["w8a8"].symbols)
+    assert named == (name == "tflite")

@@ -52,9 +52,9 @@ COUNTED = 3
 """Inferences; a first one is not."""
 MOST_GUESTS = 4
 """At a time: each holds a network and its runtime."""
-SMALL, WARM_UP = 96, 8
+WARM_UPS = {32: 40, 96: 8}
 """Up to so many pixels along a side, so many more go before: Python's own code takes that long to
-settle, which shows beside a million instructions."""
+settle, which shows beside a few million instructions."""
 SILENCE = Patience().silence
 """Seconds that a guest may say nothing: it does after every inference."""
 MOST_BYTES = 1 << 16
@@ -168,8 +168,9 @@ class EmulatedArm64:
                 processes=False,
                 marks=True,
             )
-            small = max(image.shape[2:]) <= SMALL
-            task = replace(task, what={**task.what, "warm_up": WARM_UP if small else 0})
+            side = max(image.shape[2:])
+            warm_up = next((count for most, count in WARM_UPS.items() if side <= most), 0)
+            task = replace(task, what={**task.what, "warm_up": warm_up})
             result = self._run(task, folder, counter=plugin.built())
             (row,) = result.jobs
             if row.error is not None:

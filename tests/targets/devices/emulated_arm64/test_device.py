@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -215,3 +216,23 @@ def test_a_count_takes_an_inference_per_round_and_three_at_most(
         [NULL], IMAGES[:1], rounds=rounds, per_round=9, threads=1, progress=silent
     )
     assert asked == [(inferences, 1)]  # so that it says something after each
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize(("side", "inferences"), [(32, 40), (33, 8), (96, 8), (97, 0)])
+def test_the_fewer_instructions_an_image_takes_the_more_inferences_go_before(
+    side: int, inferences: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    original = guest.command
+
+    def command(root: Path, profile: Profile, arguments: Sequence[str], **more: Any) -> list[str]:
+        asked.append(json.loads(Path(arguments[1]).read_text())["warm_up"])
+        return original(root, profile, arguments, **more)
+
+    monkeypatch.setattr(guest, "command", command)
+    image = np.zeros((1, 3, side, side), np.float32)
+    device("emulated-arm64:pi5").measure(
+        [NULL], image, rounds=1, per_round=1, threads=1, progress=silent
+    )
+    assert asked == [inferences]
