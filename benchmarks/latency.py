@@ -34,7 +34,7 @@ from benchmarks.accuracy_peers import PEERS, Peer
 from pipeline import words
 from pipeline.errors import UsageError
 from pipeline.records import Architecture
-from pipeline.statistics import ratio_interval
+from pipeline.statistics import percentile, ratio_interval
 from pipeline.store import write_atomic
 from targets import base
 from targets.devices.local import Local, isa_of
@@ -141,7 +141,8 @@ def pairs(rows: Sequence[Row]) -> Iterator[Row]:
     Yields:
         `runtime`, `ours`, `profile`, `peer`; `ratio_cpu` of our median over the peer's, with
         `ratio_lo` and `ratio_hi`; `sqnr_ours_db` and `sqnr_peer_db`, None where nothing differs;
-        and `outcome`, with its `reason` where it is not `measured`.
+        the medians themselves in `cpu_ours_ms` and `cpu_peer_ms`; and `outcome`, with its `reason`
+        where it is not `measured`.
     """
     for ours in (row for row in rows if row["ours"]):
         for peer in rows:
@@ -165,11 +166,14 @@ def pairs(rows: Sequence[Row]) -> Iterator[Row]:
                 failed = {"outcome": "not_run", "reason": "the clock is too coarse for it"}
                 yield row | dict.fromkeys(MEASURES) | failed
                 continue
-            measured = (*ratio, ours["sqnr_db"], peer["sqnr_db"])
+            medians = (percentile(one["cpu_ms"], 50) for one in (ours, peer))
+            measured = (*ratio, ours["sqnr_db"], peer["sqnr_db"], *medians)
             yield row | dict(zip(MEASURES, measured, strict=True)) | {"outcome": "measured"}
 
 
-MEASURES = ("ratio_cpu", "ratio_lo", "ratio_hi", "sqnr_ours_db", "sqnr_peer_db")
+RATIO, SQNR = ("ratio_cpu", "ratio_lo", "ratio_hi"), ("sqnr_ours_db", "sqnr_peer_db")
+MEDIANS = ("cpu_ours_ms", "cpu_peer_ms")
+MEASURES = (*RATIO, *SQNR, *MEDIANS)
 
 
 def print_table(rows: Sequence[Row], console: Console, title: str) -> None:
@@ -177,7 +181,7 @@ def print_table(rows: Sequence[Row], console: Console, title: str) -> None:
     table = Table(title=title)
     for name in ("model", "threads", "runtime", "ours", "profile", "peer"):
         table.add_column(name)
-    for name in ("CPU, ours / peer", "95 %", "SQNR dB, ours", "peer"):
+    for name in ("CPU ms, ours", "peer", "ours / peer", "95 %", "SQNR dB, ours", "peer"):
         table.add_column(name, justify="right")
     for row in rows:
         stated = [row["model"], str(row["threads"]), row["runtime"], row["ours"]]
@@ -188,9 +192,9 @@ def print_table(rows: Sequence[Row], console: Console, title: str) -> None:
         ends = f"{row['ratio_lo']:.2f} to {row['ratio_hi']:.2f}"
         table.add_row(
             *stated,
-            f"{row['ratio_cpu']:.2f}",
+            *(f"{row[k]:.2f}" for k in (*MEDIANS, "ratio_cpu")),
             ends,
-            *("exact" if row[k] is None else f"{row[k]:.1f}" for k in MEASURES[3:]),
+            *("exact" if row[k] is None else f"{row[k]:.1f}" for k in SQNR),
         )
     console.print(table)
 
@@ -282,7 +286,7 @@ def _run(target: Path, work: Path | None, options: Row) -> None:
         "rows": rows,
     }
     write_atomic(target, (json.dumps(document, indent=1) + "\n").encode())
-    console = Console(width=None if sys.stdout.isatty() else 160, emoji=False)
+    console = Console(width=None if sys.stdout.isatty() else 180, emoji=False)
     print_table(rows, console, f"{document['cpu']}, {', '.join(document['isa'])}")
 
 

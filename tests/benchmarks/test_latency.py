@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,10 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from benchmarks import accuracy_runs
 from benchmarks.accuracy import Ours
+from benchmarks.accuracy_peers import Job, Peer
 from benchmarks.accuracy_runs import PER_ROUND
-from benchmarks.latency import HOSTS, held_to, measure, pairs, ways
+from benchmarks.latency import HOSTS, MEASURES, held_to, measure, pairs, print_table, ways
 from pipeline.errors import UsageError
 from targets.devices.cpu import cpuid
 
@@ -49,13 +54,24 @@ def test_ours_is_held_against_every_peer_of_its_runtime() -> None:
     assert [(r["sqnr_ours_db"], r["sqnr_peer_db"]) for r in found] == [(40.0, None), (40.0, 30.0)]
 
 
+def test_times_stand_beside_their_ratio(capsys: pytest.CaptureFixture[str]) -> None:
+    [found] = pairs([row("ours", 2.0), row("tool", 7.0)])
+    # Half of the turns took a tenth longer.
+    assert found["cpu_ours_ms"] == pytest.approx(2.1)
+    assert found["cpu_peer_ms"] == pytest.approx(7.35)
+    assert found["ratio_cpu"] == pytest.approx(found["cpu_ours_ms"] / found["cpu_peer_ms"])
+    print_table([{"model": "tiny", "threads": 1, **found}], Console(width=180), "here")
+    printed = capsys.readouterr().out
+    assert re.search(r"tool\W+2\.10\W+7\.35\W+0\.29\W+0\.29 to 0\.29\W+30\.0\W+30\.0", printed)
+
+
 @pytest.mark.parametrize(("ours", "peer", "whose"), [(None, 1.0, "ours"), (1.0, None, "the peer")])
 def test_what_was_not_timed_has_its_reason(
     ours: float | None, peer: float | None, whose: str
 ) -> None:
     [found] = pairs([row("ours", ours), row("tool", peer)])
     assert found["outcome"] == "not_run"
-    assert found["ratio_cpu"] is None
+    assert {found[name] for name in MEASURES} == {None}
     assert found["reason"].startswith(whose)
     assert "does not load" in found["reason"]
 
@@ -101,11 +117,30 @@ def test_it_starts_again_where_that_takes_another_environment(
     assert len(started) == 1
 
 
-def test_a_network_and_images_come_to_be_measured(tmp_path: Path) -> None:
+def test_a_network_and_images_come_to_be_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(_: Job, path: Path) -> None:
+        """Ours in a tool's place: it normalises once more what it is given."""
+        shutil.copyfile(tmp_path / "zepto" / "ours-0-0" / "onnx-float" / "model.onnx", path)
+
+    # Another process could not import this.
+    monkeypatch.setattr(accuracy_runs, "apart", lambda _, function, *given: function(*given))
     options = {"data": "digits", "input_size": 32, "images": 6, "calibration_images": 5}
     ours = [Ours("w8a8", "pointwise", ("onnx",))]
-    found = measure(["zepto"], [1], {**options, "isa": "auto"}, tmp_path, ours, [])
-    assert found == []  # no peer, no pair
+    peers = [Peer("onnx", "tool", "float", False, make)]
+    found = measure(["zepto"], [1], {**options, "isa": "auto"}, tmp_path, ours, peers)
+    assert [(r["model"], r["threads"], r["ours"], r["peer"]) for r in found] == [
+        ("zepto", 1, "float none", "tool"),
+        ("zepto", 1, "w8a8 pointwise", "tool"),
+    ]
+    for r in found:
+        assert r["outcome"] == "measured", r
+        assert r["cpu_ours_ms"] > 0
+        assert r["cpu_peer_ms"] > 0
+        assert r["ratio_lo"] <= r["ratio_cpu"] <= r["ratio_hi"]
+        assert r["sqnr_peer_db"] < 20  # a tool is given pixels that are normalised already
+    assert found[0]["sqnr_ours_db"] > 100 > found[1]["sqnr_ours_db"] > 20
     assert np.load(tmp_path / "zepto" / "evaluation.npy").shape == (6, 3, 32, 32)
     assert (tmp_path / "zepto" / "ours-0-0" / "onnx-w8a8" / "model.onnx").is_file()
 
