@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 Row = dict[str, Any]
-LONGEST = 400
+LONGEST, THREADS = 400, "OMP_NUM_THREADS"
 
 TOOLS = ("ort_quantize_static", "nncf_default", "tfliteconverter_int8", "coremltools_linear")
 """The default path of each runtime's own tool, as in accuracy_peers.py."""
@@ -156,7 +156,7 @@ def _run(target: Path, options: Row) -> None:
         rows = measure(model, options, Path(folder))
     found = together(rows)
     document: Row = {
-        "settings": {**options, "model": model},
+        "settings": {**options, "model": model, "omp_num_threads": os.environ.get(THREADS)},
         **machine(),
         "load_before": load,
         "rows": rows,

@@ -63,6 +63,9 @@ def test_runs_to_four_formats(name: str, dialect: str, tmp_path: Path) -> None:
     assert {(row.runtime, row.scheme) for row in report.artifacts} == set(
         itertools.product(RUNTIMES, ("float", "w8a8"))
     )
+    # One calibration and one quantization serve all four formats.
+    for stage in ("calibrate", "quantize"):
+        assert len(list((tmp_path / "run" / "stages").glob(f"{stage}-*"))) == 1
     blocks = sum(NETWORKS[name].depths)
     for row in report.artifacts:
         assert row.proof is not None

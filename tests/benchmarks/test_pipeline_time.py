@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import time
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from benchmarks import pipeline_time
 from benchmarks.pipeline_time import _timed, print_table, together
+from targets.devices.local import isa_flags
 
 PROGRAM = Path(__file__).parents[2] / "benchmarks" / "pipeline_time.py"
 ROWS = [
@@ -36,6 +39,22 @@ def test_the_time_is_that_of_the_processes_started() -> None:
     row = _timed("x", make)
     assert row["wall_s"] >= 0.2
     assert 0 < row["cpu_s"] <= row["wall_s"]
+
+
+@pytest.mark.parametrize("threads", ["1", None])
+def test_the_document_says_on_what_and_with_how_many_threads(
+    threads: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    monkeypatch.setattr(pipeline_time, "measure", lambda *_: ROWS)
+    options = {"model": "atto", "data": "digits", "input_size": 32, "calibration_images": 5}
+    pipeline_time._run(tmp_path / "time.json", dict(options))
+    document = json.loads((tmp_path / "time.json").read_bytes())
+    assert document["settings"] == options | {"omp_num_threads": threads}
+    assert document["isa"] == list(isa_flags())
+    assert document["rows"] == ROWS
 
 
 def test_a_model_that_is_none_is_one_line(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -120,11 +121,18 @@ def test_export_adds_a_runtime_and_run_has_those_it_names(tmp_path: Path) -> Non
 
 
 def test_export_takes_the_place_of_a_damaged_folder_s_recipe(tmp_path: Path) -> None:
-    words = ("export", "--runtimes", "onnx", "--calibration-images", "8", "--eval", "none")
+    words = ("export", "--calibration-images", "8", "--eval", "none")
     assert cli(*words, "--out", "run", cwd=tmp_path).returncode == 0
     (tmp_path / "run" / "recipe.json").write_text("{")
     done = cli(*words, "--out", "run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    # One calibration and one quantization serve all four formats.
+    made = Counter(
+        stage.name.rpartition("-")[0] for stage in (tmp_path / "run" / "stages").iterdir()
+    )
+    formats = ("onnx", "openvino", "tflite", "coreml")
+    exports = [f"export-{name}-{scheme}" for name in formats for scheme in ("float", "w8a8")]
+    assert made == Counter(["checkpoint", "calibrate", "quantize", *exports, "pages"])
 
 
 def test_the_places_of_a_recipe_hold_from_elsewhere(tmp_path: Path) -> None:
