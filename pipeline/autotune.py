@@ -216,6 +216,8 @@ class Autotuner:
         try:
             folder = self.stages.do_here(stage, make, anew=again)
         except (WorkerError, ArtifactError, DeviceError) as error:
+            if known is not None:
+                return self._chosen(target, model, info, measured_in(known))
             if isinstance(error, DeviceError) and not self.given.stands_in:
                 raise  # a default would take the place of what was chosen there before
             return self.exports.default_layout(target, f"measuring failed: {error}")

@@ -157,6 +157,12 @@ class Lab:
             if isinstance(spot.info, DeviceInfo) or spot.place in self.before
         ]
 
+    def described(self) -> list[DeviceInfo]:
+        """Return what the places say of themselves; of one device, what it says now comes last."""
+        fresh = {spot.place for spot in self.spots if spot.asked}
+        known = sorted(self.known(), key=lambda one: one.place in fresh)
+        return [one.info for one in known]
+
     def latencies(self, artifacts: Sequence[Artifact], *, asked: bool) -> list[list[Latency]]:
         """Return for every artifact its latency at every place.
 

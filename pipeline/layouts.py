@@ -41,7 +41,9 @@ def network_key(
     return sha256_json([asdict(architecture), list(image_shape), list(float_layers)])
 
 
-def kept_layouts(exports: Exports, file: Path, stages: int, network: str) -> dict[str, Layout]:
+def kept_layouts(
+    exports: Exports, file: Path, stages: int, network: str
+) -> tuple[dict[str, Layout], dict[str, Layout]]:
     """Return what was chosen before; a runtime of which nothing fits takes its default.
 
     Args:
@@ -50,10 +52,14 @@ def kept_layouts(exports: Exports, file: Path, stages: int, network: str) -> dic
         stages: Of the network.
         network: Its `network_key`.
 
+    Returns:
+        What is exported, and what is kept for a later run: a choice that was made for something
+        else may be for that again.
+
     Raises:
         ArtifactError: The file is damaged, or names what a runtime or the network does not have.
     """
-    found, kept = read_layouts(file, stages), dict[str, Layout]()
+    found, taken, kept = read_layouts(file, stages), dict[str, Layout](), dict[str, Layout]()
     why = "not chosen by measurement: run `convnext-edge tune RUN_DIR`"
     if exports.recipe.tune == "off":
         why = TUNE_OFF
@@ -62,10 +68,11 @@ def kept_layouts(exports: Exports, file: Path, stages: int, network: str) -> dic
         before = found.get(target.name, default)
         if not _fits(before, default, exports.recipe):
             before = default
-        elif (other := _chosen_for_another(before, target, network)) is not None:
-            before = replace(default, reason=f"{other}: run `convnext-edge tune RUN_DIR`")
-        kept[target.name] = before
-    return kept
+        taken[target.name] = kept[target.name] = before
+        if (other := _chosen_for_another(before, target, network)) is not None:
+            why = f"{other}: run `convnext-edge tune RUN_DIR`"
+            taken[target.name] = replace(default, reason=why)
+    return taken, kept
 
 
 def read_layouts(file: Path, stages: int) -> dict[str, Layout]:
@@ -124,10 +131,13 @@ def _chosen_for_another(layout: Layout, target: base.Runtime, network: str) -> s
     """Say what a measured layout was chosen for, where that is not what is exported now."""
     if layout.source != "measured":
         return None
+    if layout.network is None:
+        return "chosen by an earlier version, which does not say for what network"
     if layout.network != network:
         return f"chosen for another network or input, of {layout.input_size} pixels"
     was, now = layout.versions or {}, installed_versions(target.capabilities.distributions)
     if was == now:
         return None
     other = next(name for name in sorted(was.keys() | now.keys()) if was.get(name) != now.get(name))
-    return f"chosen with {other} {was.get(other)}, and {now.get(other)} is installed"
+    had, has = (f"{other} {known[other]}" if other in known else "none" for known in (was, now))
+    return f"chosen with {had}, and here is {has}"

@@ -322,9 +322,14 @@ class Timing:
             settings={"device": asdict(info), "threads": self.threads},
             libraries=target.capabilities.distributions,
         )
-        if not self.stages.is_done(stage) and (cannot := self._cannot(target)) is not None:
-            row = benchmark.not_run(info.name, cannot, threads=self.threads, kind=info.kind)
-            return {a.name: row for a in group}
+        known = self.stages.finished(stage)
+        # What failed may not fail again.
+        retry = known is not None and self.asked and benchmark.lacks_some(known)
+        if (known is None or retry) and (cannot := self._cannot(target)) is not None:
+            if known is None:
+                row = benchmark.not_run(info.name, cannot, threads=self.threads, kind=info.kind)
+                return {a.name: row for a in group}
+            retry = False
 
         def make(folder: Path, progress: Progress) -> None:
             benchmark.bench(
@@ -337,14 +342,14 @@ class Timing:
                 progress=progress,
             )
 
-        known = self.stages.finished(stage)
-        # What failed may not fail again.
-        anew = self.anew or (self.asked and known is not None and benchmark.lacks_some(known))
         try:
-            folder = self.stages.do_here(stage, make, anew=anew)
+            folder = self.stages.do_here(stage, make, anew=self.anew or retry)
         except (WorkerError, ArtifactError, DeviceError) as error:
-            row = benchmark.failed(info, str(error), threads=self.threads)
-            return {a.name: row for a in group}
+            if known is not None and retry and not self.anew:
+                folder = known  # what did not fail stays
+            else:
+                row = benchmark.failed(info, str(error), threads=self.threads)
+                return {a.name: row for a in group}
         place = f"{file_stem(info.name)}-{self.threads}t-{target.name}"
         kept = f"{SAMPLES}/{place}/{benchmark.SAMPLES}"
         if self.kept:

@@ -302,13 +302,15 @@ class _Run:
             integers, training = self._finetune(steps, integers, loaded, model, data)
         before = folders_in(self.out / ARTIFACTS)
         # Measuring takes minutes: what stands in the folder is replaced only when all is known.
-        layouts = self._layouts(integers, steps, loaded, model, data) if steps.export else {}
+        layouts, kept = dict[str, Layout](), dict[str, Layout]()
+        if steps.export:
+            layouts, kept = self._layouts(integers, steps, loaded, model, data)
         self._publish(integers)
         # Only now: what was refused must not stand beside the results of an earlier run.
         write_atomic(self.out / RECIPE, self.recipe.model_dump_json(indent=2).encode())
         report = None
         if steps.export:
-            write_atomic(self.out / LAYOUTS, to_json(layouts))
+            write_atomic(self.out / LAYOUTS, to_json(kept))
             self.exports = self.exports.laid_out(layouts)
             artifacts = self.exports.write(self.stages, integers)
             data = data.without(calibration=calibrated.value["skipped"])
@@ -349,7 +351,7 @@ class _Run:
             local=_this_machine(),
             devices=[
                 info
-                for info in (timing.info, *(one.info for one in lab.known()))
+                for info in (*lab.described(), timing.info)
                 if isinstance(info, base.DeviceInfo)
             ],
             distributions=[d for t in self.exports.targets for d in t.capabilities.distributions],
@@ -512,8 +514,12 @@ class _Run:
 
     def _layouts(
         self, integers: Path, steps: Steps, loaded: Done, model: Checkpoint, data: Data
-    ) -> dict[str, Layout]:
-        """Choose the graph form and placement of every runtime, by measurement where asked."""
+    ) -> tuple[dict[str, Layout], dict[str, Layout]]:
+        """Choose the graph form and placement of every runtime, by measurement where asked.
+
+        Returns:
+            What is exported, and what is kept for a later run.
+        """
         shape, float_layers = self._image_shape(model), quantized_model(integers).float_layers
         if not steps.choose:
             return kept_layouts(
@@ -539,7 +545,8 @@ class _Run:
         if limit is not None and data.evaluation is not None and steps.verify:
             verification = Verification(self.stages, loaded, model, self.preprocessing, asked=True)
             keeps = partial(_keeps, verification.of(data.evaluation), limit)
-        return Autotuner(self.stages, self.exports, given, keeps).run(integers)
+        chosen = Autotuner(self.stages, self.exports, given, keeps).run(integers)
+        return chosen, chosen
 
     def _image_shape(self, model: Checkpoint) -> tuple[int, int, int, int]:
         size = self.preprocessing.input_size

@@ -82,6 +82,7 @@ def device(info: DeviceInfo) -> Device:
         name=info.name,
         kind=info.kind,
         description=info.description,
+        hardware=info.hardware,
         isa=info.isa,
         cores=info.cores,
         versions=info.versions,

@@ -135,8 +135,10 @@ def _unlike(
     if then.kind == "host" and before.host.cpu != after.host.cpu:
         return f"measured on {before.host.cpu} and on {after.host.cpu}"
     earlier, later = before.device(then.device), after.device(now.device)
-    if earlier and later and earlier.description != later.description:
-        return f"{now.device} was {earlier.description}, and is {later.description}"
+    if earlier and later:
+        old_board, board = (one.hardware or one.description for one in (earlier, later))
+        if old_board != board:
+            return f"{now.device} was {old_board}, and is {board}"
     if before.model.input_size != after.model.input_size or was.batch != row.batch:
         return "the inputs have other shapes"
     return None

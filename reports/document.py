@@ -58,13 +58,15 @@ class Host(_Model):
 class Device(_Model):
     """What artifacts were measured on, as it described itself.
 
-    `isa` has its flags as far as kernels are chosen by them; `versions` is of what runs there, as
+    `hardware` is what of its description no upgrade changes, empty where that is all. `isa` has its
+    flags as far as kernels are chosen by them; `versions` is of what runs there, as
     far as it is not the host's; `accelerated` says that something else than its CPU computes.
     """
 
     name: str
     kind: Kind
     description: str
+    hardware: str = ""
     isa: tuple[str, ...]
     cores: PositiveInt
     versions: dict[str, str] = Field(default_factory=dict)

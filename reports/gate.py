@@ -8,6 +8,7 @@ decide. What was not run never passes: it is not_run, or fails where the budget 
 from __future__ import annotations
 
 import base64
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -172,14 +173,26 @@ def _sizes(report: Report, limit: float) -> Iterator[Check]:
 def _ratios(report: Report, what: str, clock: str, limit: float) -> Iterator[Check]:
     """Ask how long what is shipped in integers takes of float's time."""
     yield from _of_float(report, what, 1.0, limit)
+    floats = {row.runtime: row.latency for row in report.artifacts if row.scheme == "float"}
     for row in _judged(report):
         name = f"{row.runtime} {row.scheme} {what}"
         times = _times(row)
         for latency in times:
-            yield _latency(f"{name} on {latency.device}", latency, limit, clock)
-        if row.latency and not times:
+            base = _beside(latency, floats.get(row.runtime, ()))
+            if latency.outcome == "measured" and base is not None and base.outcome == "failed":
+                base = replace(base, reason=f"its float artifact, {base.reason}")
+                yield _unmeasured(f"{name} on {latency.device}", limit, base)
+            else:
+                yield _latency(f"{name} on {latency.device}", latency, limit, clock)
+        if not times and any(one.instructions is not None for one in row.latency):
             counted = "its instructions were counted, and these are no times"
             yield _not_run(name, limit, f"{counted}: max_instruction_ratio asks for them")
+
+
+def _beside(latency: Latency, others: Iterable[Latency]) -> Latency | None:
+    """Return the one of the same device and threads."""
+    where = (latency.device, latency.threads)
+    return next((one for one in others if (one.device, one.threads) == where), None)
 
 
 def _times(row: ArtifactRow) -> list[Latency]:
@@ -441,8 +454,9 @@ def _baseline_latency(
         if unmeasured and len(unmeasured) == len(_times(row)):
             yield _unmeasured(name, limit, unmeasured[0])
         else:
+            told = any(_ratio(one, clock)[0] is not None for one in _times(row))
             why = "the baseline has no latency on this device: accept a new one"
-            yield _open(name, limit, why)
+            yield _open(name, limit, why if told else f"no ratio to float by {clock} time")
 
 
 def _growth(name: str, now: Latency, before: Latency, limit: float, clock: str) -> Check | None:

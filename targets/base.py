@@ -17,6 +17,7 @@ from pipeline.errors import EdgeError, MissingRuntimeError, UsageError
 from pipeline.placements import PLACEMENTS
 from pipeline.records import FLOATING, DeviceState, Kind
 from pipeline.store import library_versions
+from pipeline.worker import ending
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -162,6 +163,7 @@ class DeviceInfo:
         kind: What its measurements are.
         isa: Its flags, as far as kernels are chosen by them.
         description: For a person.
+        hardware: What of it no upgrade changes; empty where that is all.
         cores: That runtimes may use.
         machine: What it is timed on: devices of one machine are measured in turn. Empty where it
             is a machine of its own.
@@ -175,6 +177,7 @@ class DeviceInfo:
     isa: tuple[str, ...]
     description: str
     cores: int
+    hardware: str = ""
     machine: str = ""
     versions: dict[str, str] = field(default_factory=dict)
     accelerated: bool = False
@@ -350,11 +353,12 @@ def settled(jobs: Sequence[Job], gave: Mapping[str, Samples | EdgeError]) -> lis
         gave: Label to what the job gave.
 
     Raises:
-        EdgeError: The null job failed, or every other one did: the first error.
+        EdgeError: The null job failed, or every other one did: the first error. So where all work
+            is to end: that is nobody's failure.
     """
     failed = {label: one for label, one in gave.items() if isinstance(one, EdgeError)}
     artifacts = {job.label for job in jobs if job.path is not None}
-    if failed and (failed.keys() - artifacts or failed.keys() >= artifacts):
+    if failed and (failed.keys() - artifacts or failed.keys() >= artifacts or ending.is_set()):
         raise next(iter(failed.values()))
     found = [(job.label, gave[job.label]) for job in jobs]
     return [

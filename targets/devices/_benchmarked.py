@@ -79,7 +79,7 @@ class Benchmarked:
             isa=tuple(flag for flag in ISA_FLAGS if flag in flags),
             description=f"{NAME} {sha256[:SHOWN]}, delegate {self.delegate}",
             cores=int(known["cores"]),
-            accelerated=self.delegate != tool.XNNPACK,
+            accelerated=self.delegate not in {tool.XNNPACK, tool.NONE},
         )
 
     def can_run(self, wanted: Runtime) -> NotRun | None:

@@ -66,6 +66,7 @@ class Remote:
             isa=machine.known_isa,
             description=f"{machine.description}, {machine.os}, Python {machine.python}",
             cores=machine.cores,
+            hardware=machine.description,
             machine=machine.whole,
             versions=machine.packages,
         )

@@ -98,13 +98,13 @@ def measure(task: Answer, folder: Path, say: Say) -> list[Answer]:
     try:
         rows: list[Answer] = []
         spent: dict[str, list[float | None]] = {}
+        total = task["rounds"] * len(jobs)
         for job in jobs:
-            place = Elsewhere() if task["processes"] else Here()
+            place = Elsewhere() if task["processes"] else Here(lambda: say(0, total))
             places.append(place)
             what = {"job": job, "folder": str(folder), "image": task["image"]}
             how = {key: task[key] for key in ("threads", "warm_up", "marks")}
             rows.append({**row(job), **place.ask({"load": {**what, **how}})})
-        total = task["rounds"] * len(jobs)
         for turn in range(total):
             taken, place = rows[turn % len(jobs)], places[turn % len(jobs)]
             if taken["error"] is None:
@@ -132,6 +132,7 @@ def infer(task: Answer, folder: Path, say: Say) -> list[Answer]:
     started = time.perf_counter()
     run, versions = load(job, folder, task["threads"])
     taken = {**row(job), "load_ms": 1000 * (time.perf_counter() - started), "versions": versions}
+    say(0, len(images))
     found = []
     for start in range(0, len(images), batch):
         part = images[start : start + batch].astype(np.float32)
@@ -158,7 +159,10 @@ def row(job: Answer) -> Answer:
 
 
 class Here:
-    """One job in this process."""
+    """One job in this process; it calls `beat` after what may take long."""
+
+    def __init__(self, beat: Callable[[], None] = lambda: None) -> None:
+        self.beat = beat
 
     def ask(self, request: Answer) -> Answer:
         """Load or time; what goes wrong is an `error` in the answer."""
@@ -179,11 +183,14 @@ class Here:
         started = time.perf_counter()
         self.run, versions = load(job, Path(folder), threads)
         load_ms = 1000 * (time.perf_counter() - started)
+        self.beat()
         started = time.perf_counter()
         self.run(self.image)
         first_ms = 1000 * (time.perf_counter() - started)
         for _ in range(warm_up):
+            self.beat()
             self.run(self.image)
+        self.beat()
         return {"load_ms": load_ms, "first_ms": first_ms, "versions": versions}
 
     def time(self, inferences: int) -> Answer:

@@ -41,6 +41,7 @@ CHOICES = {
     "delegate": re.compile("|".join(DELEGATES)),
     "tool": re.compile(f"{RUNNER}|{NAME}"),
 }
+VERSION = "ro.build.version.release"
 PROPERTIES = ("ro.product.manufacturer", "ro.product.model", "ro.soc.model")
 
 
@@ -107,14 +108,18 @@ class Phone:
     def probe(self) -> DeviceInfo | NotRun:
         """Ask the device what it is."""
         try:
-            info, android = self._chosen.probe(), self._android()
+            info, (phone, android) = self._chosen.probe(), self._android()
         except DeviceError as error:
             return NotRun(reason=str(error))
         if isinstance(info, NotRun):
             return info
         # With other cores or another delegate it is the same phone.
-        phone = f"{FAMILY}:{self.address.serial}"
-        return replace(info, description=f"{android}, {info.description}", machine=phone)
+        return replace(
+            info,
+            description=f"{phone} Android {android}, {info.description}",
+            hardware=phone,
+            machine=f"{FAMILY}:{self.address.serial}",
+        )
 
     def can_run(self, wanted: Runtime) -> NotRun | None:
         """Ask what measures there."""
@@ -160,13 +165,12 @@ class Phone:
             tool = self.workspace.do("look for Python", look).strip()
         return self.runner if tool == RUNNER else self.benchmark
 
-    def _android(self) -> str:
-        """Return maker, model, processor and version."""
+    def _android(self) -> tuple[str, str]:
+        """Return maker, model and processor, and the system's version."""
         asked = " ".join(f"$(getprop {name})" for name in PROPERTIES)
-        said = self.workspace.do(
-            "ask what it is", f"echo {asked} Android $(getprop ro.build.version.release)"
-        )
-        return " ".join(said.split())
+        said = self.workspace.do("ask what it is", f"echo $(getprop {VERSION}); echo {asked}")
+        version, _, phone = said.partition("\n")
+        return " ".join(phone.split()), version.strip()
 
 
 class Phones:

@@ -6,13 +6,14 @@ units; and how many operations CoreML's plan puts on each: it need not use a uni
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from pipeline.errors import UsageError
+from pipeline.errors import EdgeError, UsageError
 from pipeline.worker import Worker
 from targets.base import DeviceInfo, NotRun
 from targets.devices.local import Local
@@ -95,8 +96,10 @@ class OnUnits(Local):
         ):
             for index, job in enumerate(jobs):
                 if job.path is not None and found[index].error is None:
-                    plan = worker.call(f"{__name__}:planned", path=str(job.path)).value
-                    found[index] = replace(found[index], operations_on=plan)
+                    # Before macOS 14.4 there is no plan: the times are the same without.
+                    with contextlib.suppress(EdgeError):
+                        plan = worker.call(f"{__name__}:planned", path=str(job.path)).value
+                        found[index] = replace(found[index], operations_on=plan)
         return found
 
 

@@ -68,6 +68,7 @@ class Cuda(Local):
             kind="device",
             isa=(),
             description=gpu.description,
+            hardware=gpu.name,
             cores=available_cores(),
             machine=HOST,
             accelerated=True,

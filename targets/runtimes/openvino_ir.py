@@ -54,9 +54,9 @@ WEIGHTED_TYPES = ("Convolution", "GroupConvolution", "FullyConnected", "MatMul")
 UNPACKING_TYPES = ("Convert", "Multiply")
 LAYOUT_TYPES = ("Transpose",)
 NOT_EXECUTED = ("undef", "unknown_f32")
+"""What was fused into another node, and what lies in memory already."""
 REFERENCE_KERNEL = "ref"
 """What an implementation is called that no kernel was written for."""
-"""What was fused into another node, and what lies in memory already."""
 NORM_TYPES = ("MVN", "RMS", "ReduceMean", "Subgraph")
 LEVELS = ACTIVATION_MAX - ACTIVATION_MIN + 1
 FLOAT_OPS = (g.Norm, g.Add, g.Mean, g.Scale, g.Shift, g.ResponseNorm)

@@ -29,13 +29,16 @@ def chosen(exports: Exports) -> Layout:
         input_size=32,
         network=network_key(NET, SHAPE, ()),
         versions=installed_versions(ONNX.distributions),
+        placement="all",
         graph_form=ONNX.graph_forms[1],
     )
 
 
 def kept(tmp_path: Path, layout: Layout, exports: Exports, network: str) -> Layout:
     (tmp_path / "layouts.json").write_bytes(to_json({"onnx": layout}))
-    return kept_layouts(exports, tmp_path / "layouts.json", 1, network)["onnx"]
+    taken, stays = kept_layouts(exports, tmp_path / "layouts.json", 1, network)
+    assert stays == {"onnx": layout}  # it may be for that again
+    return taken["onnx"]
 
 
 @pytest.fixture
@@ -71,4 +74,11 @@ def test_another_version_of_the_runtime_takes_the_default(exports: Exports, tmp_
     older = replace(layout, versions={**(layout.versions or {}), "onnxruntime": "0.1"})
     found = kept(tmp_path, older, exports, network_key(NET, SHAPE, ()))
     assert found.source == "default"
-    assert found.reason.startswith("chosen with onnxruntime 0.1, and ")
+    assert found.reason.startswith("chosen with onnxruntime 0.1, and here is onnxruntime ")
+
+
+def test_a_choice_of_an_earlier_version_says_too_little(exports: Exports, tmp_path: Path) -> None:
+    older = replace(chosen(exports), network=None)
+    found = kept(tmp_path, older, exports, network_key(NET, SHAPE, ()))
+    assert found.source == "default"
+    assert found.reason.startswith("chosen by an earlier version")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.display import Display
+from pipeline.errors import DeviceError
 from pipeline.measure import Timing, time_saved
 from pipeline.records import Artifact, Export, Latency, Proof, Scheme
 from pipeline.stages import Stages
@@ -129,3 +130,23 @@ def test_what_failed_beside_others_is_tried_again_when_it_is_asked_for(tmp_path:
     assert board.failures == -1
     assert outcomes(asked=True) == ["measured", "measured"]
     assert board.failures == -1
+
+
+def test_a_retry_that_fails_leaves_what_was_measured(tmp_path: Path) -> None:
+    class Once(Failing):
+        """It is there for one call."""
+
+        def measure(self, jobs: Sequence[Job], image: Any, **how: Any) -> list[Samples]:
+            if self.failures < 1:
+                raise DeviceError("it is off", allowed="a board that is on", do="Switch it on")
+            return super().measure(jobs, image, **how)
+
+    board: Any = Once(failures=1)
+    info = DeviceInfo(name="board", kind="device", isa=(), description="", cores=2)
+    for _ in range(2):
+        timing = Timing(
+            Stages(tmp_path, Display(), cores=1), board, threads=1, image_shape=(1, 3, 8, 8),
+            asked=True, info=info,
+        )  # fmt: skip
+        rows = timing.run([artifact("onnx", "float"), artifact("onnx", "w8a8")])
+        assert [row.outcome for row in rows] == ["measured", "failed"]

@@ -186,6 +186,17 @@ def test_another_board_of_the_same_name_is_not_comparable(tmp_path: Path) -> Non
     assert (found.verdict, found.why) == ("not comparable", "board was Pi 4, and is Pi 5")
 
 
+def test_a_board_whose_system_was_upgraded_is_the_same_board(tmp_path: Path) -> None:
+    board: dict[str, Any] = {"device": "board", "kind": "device"}
+    devices = [
+        [{**described(f"Pi 5, Debian {version}")[0], "hardware": "Pi 5"}] for version in (12, 13)
+    ]
+    before = run_folder(tmp_path / "a", samples("w8a8", 4.0), devices=devices[0], **board)
+    after = run_folder(tmp_path / "b", samples("w8a8", 8.0), devices=devices[1], **board)
+    (found,) = compare_runs(before, after, "wall")
+    assert found.verdict == "slower"
+
+
 def test_other_versions_there_are_named(tmp_path: Path) -> None:
     board: dict[str, Any] = {"device": "board", "kind": "device", "versions": {"onnxruntime": "1"}}
     before = run_folder(

@@ -194,6 +194,23 @@ def test_what_was_only_counted_is_not_taken_for_timed(budget: dict[str, Any]) ->
     assert "max_instruction_ratio asks for them" in open_.why
 
 
+@pytest.mark.parametrize(
+    ("lost", "outcome"),
+    [({"outcome": "failed"}, "fail"), ({"outcome": "not_run"}, "inconclusive")],
+)
+def test_integers_beside_a_float_artifact_that_failed_are_not_passed(
+    lost: dict[str, Any], outcome: str
+) -> None:
+    alone = Latency(device="local", outcome="measured", n=100, wall_p50_ms=9.0)
+    rows = (
+        _row(scheme="float", latency=(Latency(device="local", reason="it broke", **lost),)),
+        _row(latency=(alone,)),
+    )
+    gate = judge(_report(*rows), Budget(faster_than_float=True))
+    assert gate.outcome == outcome
+    assert outcome == "inconclusive" or "its float artifact, it broke" in gate.checks[0].why
+
+
 def test_float_that_is_shipped_because_it_is_faster_passes_and_counts_as_measured() -> None:
     budget = Budget(faster_than_float=True, require=("onnx",))
     shipped = _report(_row(scheme="float"))

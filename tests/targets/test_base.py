@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DeviceError
+from pipeline.worker import ending
 from targets.base import Job, Samples, settled
 
 JOBS = [
@@ -34,3 +35,10 @@ def test_one_that_failed_says_why_beside_the_others() -> None:
 def test_where_nothing_is_left_it_is_an_error(failed: tuple[str, ...]) -> None:
     with pytest.raises(DeviceError, match="it broke"):
         settled(JOBS, gave(*failed))
+
+
+def test_where_all_work_ends_a_failure_is_nobody_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ending, "is_set", lambda: True)
+    with pytest.raises(DeviceError, match="it broke"):
+        settled(JOBS, gave("float"))
+    assert len(settled(JOBS, gave())) == len(JOBS)

@@ -150,7 +150,7 @@ def test_a_guest_that_dies_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("child", "then", "said"),
     [
-        (">/dev/null", "for i in 1 2; do sleep 1.2; tell $i; done; wait", [0, 1, 2]),
+        (">/dev/null", "for i in 1 2; do sleep 1.6; tell $i; done; wait", [0, 1, 2]),
         (">/dev/null", "printf '{\"done\": 1'; wait", [0]),
         (">/dev/null", "exec >/dev/null; wait", [0]),
         ("", "exit 0", [0]),
@@ -166,8 +166,8 @@ def test_a_guest_that_hangs_is_killed_with_its_children_and_said(
         f'sleep 600 {child} &\necho "$$ $!" >{pids}\ntell 0\n{then}\n'
     )
     monkeypatch.setattr(guest, "command", lambda *_, **__: ["/bin/sh", "-c", text])
-    monkeypatch.setattr(emulated, "SILENCE", 2.0)  # less than it takes to say all three
-    with pytest.raises(DeviceError, match=r"pi4: the guest has said nothing for 2 s\.") as caught:
+    monkeypatch.setattr(emulated, "SILENCE", 3.0)  # less than it takes to say all three
+    with pytest.raises(DeviceError, match=r"pi4: the guest has said nothing for 3 s\.") as caught:
         device("emulated-arm64:pi4").infer(
             NULL, IMAGES, batch=1, threads=1, progress=lambda a, _b, _note="": done.append(a)
         )
