@@ -209,6 +209,23 @@ def test_marks_are_seen_from_outside_and_the_libraries_are_told(
     assert "onnxruntime" in result["maps"]
 
 
+def test_what_goes_before_goes_the_same_way_and_is_not_counted(
+    pixels: NDArray[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    np.save(tmp_path / "image.npy", pixels[:1])
+    marked: list[int] = []
+    monkeypatch.setattr(_runner, "mark", marked.append)
+    here = _runner.Here()
+    here.load(HARNESS, str(tmp_path), "image.npy", threads=1, warm_up=2, marks=True)
+    here.time(3)
+    counted = [_runner.COUNT_FROM, _runner.COUNT_TO]
+    assert marked == [_runner.UNSEEN] * 4 + 3 * counted
+    marked.clear()
+    here.load(HARNESS, str(tmp_path), "image.npy", threads=1, warm_up=2, marks=False)
+    here.time(3)
+    assert not marked
+
+
 @pytest.mark.parametrize("name", ["onnx", "openvino", "tflite"])
 def test_its_logits_are_those_of_the_runtime_here(
     name: str, artifacts: Mapping[str, Path], pixels: NDArray[Any], tmp_path: Path
