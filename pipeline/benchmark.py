@@ -95,7 +95,6 @@ def latencies(
     """
     by_label = {item.label: item for item in samples}
     harness, base = by_label.pop(HARNESS), by_label.get("float")
-    base = None if base is None or base.error else base
     rows = {}
     for label, item in by_label.items():
         if item.error is not None:

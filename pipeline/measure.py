@@ -324,7 +324,7 @@ class Timing:
         )
         known = self.stages.finished(stage)
         # What failed may not fail again.
-        retry = known is not None and self.asked and benchmark.lacks_some(known)
+        retry = known is not None and benchmark.lacks_some(known)
         if (known is None or retry) and (cannot := self._cannot(target)) is not None:
             if known is None:
                 row = benchmark.not_run(info.name, cannot, threads=self.threads, kind=info.kind)

@@ -78,16 +78,7 @@ def host(local: DeviceInfo, distributions: Sequence[str]) -> Host:
 
 def device(info: DeviceInfo) -> Device:
     """Describe what artifacts were measured on."""
-    return Device(
-        name=info.name,
-        kind=info.kind,
-        description=info.description,
-        hardware=info.hardware,
-        isa=info.isa,
-        cores=info.cores,
-        versions=info.versions,
-        accelerated=info.accelerated,
-    )
+    return Device.model_validate(info, from_attributes=True)
 
 
 def model(checkpoint: Checkpoint, counts: Mapping[str, Any], input_size: int) -> Model:

@@ -217,6 +217,9 @@ def test_one_file_each_goes_through_run(out: Path) -> None:
     assert row.runtime == "fake"
     assert row.accuracy.outcome == "measured"
     assert row.latency[0].device == "toaster"
+    described = read_report(out).device("toaster")
+    assert described is not None
+    assert (described.description, described.kind) == ("a toaster", "device")
     assert row.latency[0].speedup == 2.0
     assert (out / "pages" / "toaster.md").is_file()
 

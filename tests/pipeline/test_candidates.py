@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.candidates import Effort, candidates, faster_half, is_faster
+from pipeline.candidates import Effort, candidates, faster_half, is_faster, timed
 from pipeline.exports import Exports
 from pipeline.placements import PLACEMENTS
 from pipeline.recipe import Recipe
@@ -101,6 +101,16 @@ def test_times_are_faster_where_the_interval_says_so() -> None:
 def test_counts_are_fewer_where_all_are() -> None:
     assert is_faster(samples(counts=(9, 9)), samples(counts=(10,)), "instructions", 1)
     assert not is_faster(samples(counts=(9, 11)), samples(counts=(10,)), "instructions", 1)
+
+
+def test_a_job_that_failed_is_a_candidate_that_did() -> None:
+    wanted = exports_of("openvino")
+    gave = [samples((1.0,) * 60), Samples(label="x", error="it broke")]
+    found = timed(wanted, gave, "cpu", per_round=6, heat=0)
+    assert [one.outcome for one in found.values()] == ["measured", "failed"]
+    assert found[wanted[1]].reason == "it broke"
+    none = timed(wanted, gave[::-1], "cpu", per_round=6, heat=0)[wanted[1]]
+    assert (none.outcome, none.cpu_ratio) == ("measured", None)
 
 
 def test_one_that_failed_in_a_heat_is_out_and_no_measure_for_others() -> None:

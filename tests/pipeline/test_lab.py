@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,13 @@ def test_a_place_that_answered_is_not_asked_again(boards: dict[str, Board]) -> N
     of = lab("c", known=[before], images=100)
     assert (boards["a"].asked, boards["c"].asked) == (0, 1)
     assert of.known() == [before, Known(place=Place(device="c"), info=info("c"), images=100)]
+
+
+@pytest.mark.usefixtures("boards")
+def test_of_one_device_what_it_says_now_comes_last() -> None:
+    was = replace(info("c"), description="a Pi 4")
+    known = [Known(place=Place(device="c", threads=n), info=was) for n in (1, 2)]
+    assert lab("c", known=known).described() == [was, info("c")]
 
 
 @pytest.mark.usefixtures("boards")

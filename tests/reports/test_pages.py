@@ -16,7 +16,7 @@ import pytest
 from pipeline.records import Agreement, Parity
 from reports import layouts
 from reports.contention import contention
-from reports.document import Check, Gate, Report
+from reports.document import Check, Device, Gate, Report
 from reports.pages import escape_markdown, file_names, list_gaps, write_pages
 
 if TYPE_CHECKING:
@@ -300,6 +300,18 @@ def test_device_page_holds_the_report_s_numbers(full_report: Report, tmp_path: P
     assert "samples/loca-onnx-w8a8.json" in page
     assert "| 0.0021 | 0.002 |" in page
     assert "| 212 | 88.4 | 412.0 MB | 81.2 mJ |" in page
+
+
+def test_a_device_page_says_what_the_device_is(full_report: Report, tmp_path: Path) -> None:
+    board = Device(
+        name="edge box <arm64> | rack/3", kind="device", description="Raspberry Pi 5, Debian 13",
+        cores=4, isa=("asimd", "asimddp"), versions={"onnxruntime": "1.20.0"},
+    )  # fmt: skip
+    known = full_report.model_copy(update={"devices": (board,)})
+    here, there = (file.read_text() for file in write_pages(known, tmp_path)[1:])
+    for text in ("Raspberry Pi 5, Debian 13, 4 cores", "asimd, asimddp", "| onnxruntime 1.20.0 |"):
+        assert text in there
+        assert text not in here
 
 
 def test_device_page_tables_are_whole(full_report: Report, tmp_path: Path) -> None:

@@ -248,6 +248,10 @@ def test_times_that_are_the_profiler_s_own_are_not_held_against_anything() -> No
     said = " ".join(breakdowns.sentences(alike))
     assert "layers alone take 0.1 ms in this runtime: the whole is 12.90 times that" in said
     assert "roofline" in said
+    assert "fall back" not in said
+    left = replace(alike, fallback_ops=6, fallback_ms=0.25)
+    assert "6 of its operations fall back" in " ".join(breakdowns.sentences(left))
+    assert "0.25 ms" in " ".join(breakdowns.sentences(left))
     assert breakdowns.draw([found]) is None
     assert breakdowns.draw([alike]) is not None
 

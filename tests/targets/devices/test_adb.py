@@ -230,6 +230,8 @@ def test_benchmark_model_takes_turns(
     assert isinstance(info, DeviceInfo)
     assert info.description.endswith(f"{NAME} {sha256_file(tool)[:12]}, delegate gpu")
     assert info.cores == 1
+    assert info.accelerated
+    assert info.hardware == "manufacturer model model"
     assert isinstance(phone.can_run(runtimes()["onnx"]), NotRun)
     other = lab.folder / "int8.tflite"
     other.write_bytes(b"12345")
